@@ -1,0 +1,188 @@
+// The linear layer: checks, variants, and the way from float rows to float rows.
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "lowbit_linear/lowbit_linear.h"
+#include "quantize_activations/quantize_activations.h"
+#include "runtime/scratch.h"
+#include "runtime/variants.h"
+
+namespace bantamweight {
+namespace {
+
+const VariantList<LinearKernel>& variants() {
+  static const VariantList<LinearKernel> list = {linear_kernel_amx(),       linear_kernel_avx512_vnni(),
+                                                 linear_kernel_avx2(),      linear_kernel_neon_i8mm(),
+                                                 linear_kernel_neon_dotprod(), linear_kernel_reference()};
+  return list;
+}
+
+constexpr uint64_t kMagic = 0x3172616e696c7762ull;
+
+struct LinearHeader {
+  uint64_t magic;
+  int32_t isa;
+  int32_t bits;
+  int64_t n, k, group_size;
+  uint8_t unused[24];
+};
+static_assert(sizeof(LinearHeader) == 64, "the packed view behind it stays aligned");
+
+bool valid(const LinearShape& s) {
+  const bool bits = s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8;
+  // Sizes whose bytes would not fit an int64 are refused before any multiplication.
+  const bool sizes = s.n >= 0 && s.k >= 0 && s.n < (int64_t{1} << 31) && s.k < (int64_t{1} << 31);
+  const bool group = s.k == 0 || (s.group_size > 0 && (s.group_size <= kMaxGroupK || s.group_size >= s.k));
+  return bits && sizes && group;
+}
+
+// Groups of at most kMaxGroupK columns, in which the int32 sums are exact.
+int64_t summed_group_size(const LinearShape& s) { return std::min(s.group_size, kMaxGroupK); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return b == 0 ? 0 : (a + b - 1) / b; }
+
+std::vector<KPiece> pieces_of(const LinearShape& s) {
+  const int64_t size = summed_group_size(s);
+  std::vector<KPiece> pieces;
+  for (int64_t begin = 0, g = 0; begin < s.k; begin += size, ++g) {
+    pieces.push_back({begin, std::min(size, s.k - begin), begin, g});
+  }
+  return pieces;
+}
+
+Status read(const void* layout, int64_t bytes, LinearHeader* header, PackedView* view) {
+  if (layout == nullptr || bytes < static_cast<int64_t>(sizeof *header)) return Status::wrong_layout;
+  std::memcpy(header, layout, sizeof *header);
+  if (header->magic != kMagic) return Status::wrong_layout;
+  const LinearKernel* kernel = linear_kernel(static_cast<Isa>(header->isa));
+  if (kernel == nullptr || isa_missing(kernel->isa) != nullptr) return Status::wrong_layout;
+  return packed_view_read(*kernel, static_cast<const uint8_t*>(layout) + sizeof *header,
+                          bytes - static_cast<int64_t>(sizeof *header), view);
+}
+
+}  // namespace
+
+const LinearKernel* linear_kernel(Isa isa) { return variants().find(isa); }
+
+const Isa* linear_variants(std::size_t* count) { return variants().isas(count); }
+
+Isa linear_select(Isa ceiling) { return variants().pick(ceiling)->isa; }
+
+int64_t linear_layout_bytes(const LinearShape& shape, Isa isa) {
+  const LinearKernel* kernel = linear_kernel(isa);
+  if (!valid(shape) || kernel == nullptr) return -1;
+  const std::vector<KPiece> pieces = pieces_of(shape);
+  const auto groups = static_cast<int64_t>(pieces.size());
+  return static_cast<int64_t>(sizeof(LinearHeader)) +
+         packed_view_bytes(*kernel, shape.bits, shape.n, groups, pieces.data(), groups);
+}
+
+Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, const float* scale, const float* zero,
+                   void* layout, int64_t layout_bytes) try {
+  const LinearKernel* kernel = linear_kernel(isa);
+  if (!valid(shape) || layout == nullptr) return Status::invalid_argument;
+  if (kernel == nullptr) return Status::unsupported;
+  if (layout_bytes < linear_layout_bytes(shape, isa)) return Status::invalid_argument;
+  const std::vector<KPiece> pieces = pieces_of(shape);
+  const auto summed_groups = static_cast<int64_t>(pieces.size());
+  const int64_t groups = ceil_div(shape.k, shape.group_size);
+
+  std::vector<float> wide_scale, wide_zero;
+  if (groups != summed_groups) {  // one group cut into several: each part carries the scale
+    for (int64_t n = 0; n < shape.n; ++n) {
+      wide_scale.insert(wide_scale.end(), static_cast<size_t>(summed_groups), scale[n]);
+      wide_zero.insert(wide_zero.end(), static_cast<size_t>(summed_groups), zero[n]);
+    }
+    scale = wide_scale.data();
+    zero = wide_zero.data();
+  }
+  LinearHeader header = {};
+  header.magic = kMagic;
+  header.isa = static_cast<int32_t>(isa);
+  header.bits = shape.bits;
+  header.n = shape.n;
+  header.k = shape.k;
+  header.group_size = shape.group_size;
+  std::memcpy(layout, &header, sizeof header);
+  packed_view_write(*kernel, shape.bits, shape.n, summed_groups, pieces.data(), summed_groups, codes, shape.k, scale,
+                    zero, static_cast<uint8_t*>(layout) + sizeof header);
+  return Status::ok;
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa) {
+  LinearHeader header;
+  PackedView view;
+  const Status status = read(layout, layout_bytes, &header, &view);
+  if (status != Status::ok) return status;
+  *shape = {header.n, header.k, header.bits, header.group_size};
+  *isa = static_cast<Isa>(header.isa);
+  return Status::ok;
+}
+
+Status linear_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, float* scale, float* zero) try {
+  LinearHeader header;
+  PackedView view;
+  const Status status = read(layout, layout_bytes, &header, &view);
+  if (status != Status::ok) return status;
+  const int64_t groups = ceil_div(header.k, header.group_size);
+  if (groups == view.groups) {
+    packed_view_unpack(view, header.k, codes, scale, zero);
+    return Status::ok;
+  }
+  std::vector<float> wide_scale(static_cast<size_t>(view.n * view.groups)), wide_zero(wide_scale.size());
+  packed_view_unpack(view, header.k, codes, wide_scale.data(), wide_zero.data());
+  for (int64_t n = 0; n < view.n; ++n) {
+    scale[n] = wide_scale[static_cast<size_t>(n * view.groups)];
+    zero[n] = wide_zero[static_cast<size_t>(n * view.groups)];
+  }
+  return Status::ok;
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+Status linear_forward(const void* layout, int64_t layout_bytes, const float* x, int64_t ldx, int64_t m,
+                      const float* bias, float* y, int64_t ldy) try {
+  LinearHeader header;
+  PackedView view;
+  const Status status = read(layout, layout_bytes, &header, &view);
+  if (status != Status::ok) return status;
+  if (m < 0 || ldx < header.k || ldy < header.n) return Status::invalid_argument;
+  if (m == 0 || header.n == 0) return Status::ok;
+
+  const int64_t row_bytes = padded_row_bytes(header.k);
+  ScratchPlan plan;
+  const int64_t q_at = plan.add<int8_t>(m * row_bytes + kRowAlign);
+  const int64_t scale_at = plan.add<float>(m);
+  const int64_t sums_at = plan.add<int32_t>(m * view.groups);
+  const int64_t rows_at = plan.add<const int8_t*>(m);
+  thread_local Scratch scratch;
+  uint8_t* memory = scratch.get(plan.bytes());
+  if (memory == nullptr) return Status::out_of_memory;
+  auto* q = reinterpret_cast<int8_t*>(memory + q_at);
+  auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
+  auto* sums = reinterpret_cast<int32_t*>(memory + sums_at);
+  auto** rows = reinterpret_cast<const int8_t**>(memory + rows_at);
+
+  QuantizeRowsArgs args;
+  args.x = x;
+  args.ldx = ldx;
+  args.m = m;
+  args.k = header.k;
+  args.group_size = std::min(header.group_size, kMaxGroupK);
+  args.q = q;
+  args.scale = row_scale;
+  args.sums = sums;
+  const Status quantized = quantize_rows(args, view.kernel->isa);
+  if (quantized != Status::ok) return quantized;
+  for (int64_t r = 0; r < m; ++r) rows[r] = q + r * row_bytes;
+  packed_view_run(view, rows, row_scale, sums, m, bias, y, ldy);
+  return Status::ok;
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+}  // namespace bantamweight

@@ -1,0 +1,153 @@
+// Packed low-bit weights times int8 activations: the workhorse.
+//
+//   y[m, n] = bias[n] + a_scale[m] * sum_g scale[n, g] * (sum_{k in g} codes[n, k] * a[m, k] - zero[n, g] * sum_{k in g} a[m, k])
+//
+// `a` is the activation row rounded to int8 against its own absolute maximum (see
+// quantize_activations.h). The integer sums are exact on every variant; the float steps are
+// ordered the same way everywhere, fused multiply-adds over g ascending, so that all variants
+// agree to the last bit.
+//
+// A packed weight is one flat, position-independent buffer: a 64-byte-aligned block that starts
+// with LayoutHeader. It belongs to one kernel of one CPU family and is never written to disk.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "runtime/isa.h"
+#include "runtime/status.h"
+
+namespace bantamweight {
+
+// ---------------------------------------------------------------------------------------------
+// What callers use.
+
+struct LinearShape {
+  int64_t n = 0;           // output channels, >= 0
+  int64_t k = 0;           // inputs, >= 0
+  int bits = 0;            // 2, 3, 4 or 8 bits a code in memory (ternary is 2)
+  int64_t group_size = 0;  // k per scale; groups = ceil(k / group_size); k for one scale a channel
+};
+
+// Bytes of the packed buffer for `isa`, or -1 if the shape is invalid or the op has no such variant.
+int64_t linear_layout_bytes(const LinearShape& shape, Isa isa);
+
+// The variant this op would run under `ceiling`.
+Isa linear_select(Isa ceiling);
+
+// Variants this op has in this build, best first.
+const Isa* linear_variants(std::size_t* count);
+
+Status linear_pack(const LinearShape& shape, Isa isa,
+                   const uint8_t* codes,  // [n, k] row-major, values 0 .. 2^bits - 1
+                   const float* scale,    // [n, groups]
+                   const float* zero,     // [n, groups], in code units
+                   void* layout,          // out, 64-byte aligned, linear_layout_bytes() long
+                   int64_t layout_bytes);
+
+// The exact inverse of linear_pack: canonical codes, scales and zeros out of the kernel's layout.
+Status linear_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, float* scale, float* zero);
+
+// Checks the header and reads the shape and the kernel out of a packed buffer.
+Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa);
+
+// y = x W^T + bias with x quantized to int8 on the way in. Threads: OpenMP's current setting.
+Status linear_forward(const void* layout, int64_t layout_bytes,
+                      const float* x,     // [m, k], rows ldx floats apart
+                      int64_t ldx, int64_t m,
+                      const float* bias,  // [n] or null
+                      float* y,           // out [m, n], rows ldy floats apart
+                      int64_t ldy);
+
+// ---------------------------------------------------------------------------------------------
+// What the variants and the convolution share: one inner kernel over rows given by pointers.
+
+// A run of k that is contiguous in an activation row and lies in one scale group. A linear layer
+// has one piece a group; a convolution one a kernel row (or tap) and group, in the order of k.
+struct KPiece {
+  int64_t k_begin = 0;     // first column of W
+  int64_t k_size = 0;      // columns, > 0
+  int64_t row_offset = 0;  // bytes from the row pointer to the first activation
+  int64_t group = 0;       // non-decreasing over the pieces
+};
+
+// int32 sums of code * activation stay exact up to this many k (255 * 127 * k < 2^31); the
+// dispatcher cuts longer groups into pieces of their own with the scale repeated.
+constexpr int64_t kMaxGroupK = 65536;
+
+// One task: every row of `rows` against one block of `block_n` channels.
+struct TileTask {
+  const uint8_t* weight;         // the block's codes, pieces in order, this kernel's layout
+  const float* scale;            // [groups][block_n], already divided by what the layout multiplies by
+  const float* zero_scale;       // [groups][block_n] scale * zero (undivided); null if the zero is uniform
+  int32_t uniform_zero;          // the integer zero of every channel and group when zero_scale is null
+  const KPiece* pieces;          // [piece_count]
+  int64_t piece_count;
+  int64_t groups;
+  const int8_t* const* rows;     // [row_count]; readable 64 bytes past the last piece
+  const float* row_scale;        // [row_count]
+  const int32_t* row_sums;       // [row_count][groups] sums of the activations of each group
+  int64_t row_count;
+  const float* bias;             // [block_n_valid] or null
+  float* y;                      // out: row r at y + r * ldy
+  int64_t ldy;
+  int64_t block_n_valid;         // channels to write, <= block_n
+};
+
+struct LinearKernel {
+  Isa isa;
+  int64_t block_n;  // channels a block
+  // Bytes of one block of codes over these pieces.
+  int64_t (*block_bytes)(int bits, const KPiece* pieces, int64_t piece_count);
+  // What the layout multiplies channel `lane` (0 .. block_n-1) of a block by: 1, 4, 16, 64, ..
+  float (*lane_factor)(int bits, int64_t lane);
+  // codes: the block's rows [valid_n, k], ldk bytes apart; lanes past valid_n are packed as code 0.
+  void (*pack_block)(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t ldk,
+                     int64_t valid_n, uint8_t* block);
+  void (*unpack_block)(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, int64_t ldk,
+                       int64_t valid_n, uint8_t* codes);
+  void (*run)(int bits, const TileTask& task);
+};
+
+// Null if this build has no such variant.
+const LinearKernel* linear_kernel(Isa isa);
+
+// One accessor a variant; each stands in its own file, and returns null where it was not compiled.
+const LinearKernel* linear_kernel_reference();
+const LinearKernel* linear_kernel_avx2();
+const LinearKernel* linear_kernel_avx512_vnni();
+const LinearKernel* linear_kernel_amx();
+const LinearKernel* linear_kernel_neon_dotprod();
+const LinearKernel* linear_kernel_neon_i8mm();
+
+// Packed codes, scales and zeros of one weight over any pieces: what linear_pack writes after its
+// header, and what a convolution keeps one of for each of its channel groups.
+struct PackedView {
+  const LinearKernel* kernel = nullptr;
+  int bits = 0;
+  int64_t n = 0, groups = 0, piece_count = 0;
+  int64_t block_bytes = 0;
+  const KPiece* pieces = nullptr;
+  const uint8_t* blocks = nullptr;     // [ceil(n / block_n)] blocks, 64-byte aligned
+  const float* scale = nullptr;        // [blocks][groups][block_n]
+  const float* zero_scale = nullptr;   // the same shape, or null when every zero is uniform_zero
+  const float* zero = nullptr;         // [n, groups] as they came
+  int32_t uniform_zero = 0;
+};
+
+// Bytes that packed_view_write fills, a multiple of 64.
+int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
+                          int64_t piece_count);
+// codes [n, k]; scale and zero [n, groups].
+void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
+                       int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale, const float* zero,
+                       void* memory);
+// Reads the view back from memory that packed_view_write filled; wrong_layout if it does not fit.
+Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t bytes, PackedView* view);
+void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero);
+
+// Every row against every channel, in chunks shared out over OpenMP's threads.
+void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                     const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy);
+
+}  // namespace bantamweight

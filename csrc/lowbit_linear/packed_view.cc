@@ -1,0 +1,196 @@
+// The flat form of a packed weight: header, pieces, blocks of codes, scales, zeros.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "lowbit_linear/lowbit_linear.h"
+
+namespace bantamweight {
+namespace {
+
+constexpr uint64_t kMagic = 0x3177656976776231ull;
+constexpr uint64_t kAlign = 64;
+
+struct ViewHeader {
+  uint64_t magic;
+  int32_t isa;
+  int32_t bits;
+  int64_t n, groups, piece_count;
+  int64_t bytes;  // of the whole view
+  int32_t uniform_zero;
+  int32_t has_zeros;  // 1: one zero a channel and group follows
+};
+
+int64_t align(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+int64_t blocks_of(const LinearKernel& kernel, int64_t n) { return (n + kernel.block_n - 1) / kernel.block_n; }
+
+// Byte offsets of each part. Zeros are stored twice: as the kernel reads them (scale * zero) and
+// as they came, because a product cannot be divided back exactly.
+struct Parts {
+  int64_t pieces, blocks, scale, zero_scale, zero, end;
+};
+
+Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
+               int64_t piece_count) {
+  const int64_t blocks = blocks_of(kernel, n);
+  const int64_t table = align(blocks * groups * kernel.block_n * static_cast<int64_t>(sizeof(float)));
+  Parts at;
+  at.pieces = align(sizeof(ViewHeader));
+  at.blocks = at.pieces + align(piece_count * static_cast<int64_t>(sizeof(KPiece)));
+  at.scale = at.blocks + align(blocks * align(kernel.block_bytes(bits, pieces, piece_count)));
+  at.zero_scale = at.scale + table;
+  at.zero = at.zero_scale + table;
+  at.end = at.zero + align(n * groups * static_cast<int64_t>(sizeof(float)));
+  return at;
+}
+
+// True if every zero is the same integer that the codes can hold.
+bool find_uniform_zero(int bits, const float* zero, int64_t count, int32_t* uniform) {
+  const float first = count > 0 ? zero[0] : 0.0f;
+  if (!(first >= 0.0f && first < static_cast<float>(1 << bits)) || first != std::floor(first)) return false;
+  for (int64_t i = 1; i < count; ++i) {
+    if (zero[i] != first) return false;
+  }
+  *uniform = static_cast<int32_t>(first);
+  return true;
+}
+
+}  // namespace
+
+int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
+                          int64_t piece_count) {
+  return parts_of(kernel, bits, n, groups, pieces, piece_count).end;
+}
+
+void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
+                       int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale, const float* zero,
+                       void* memory) {
+  const Parts at = parts_of(kernel, bits, n, groups, pieces, piece_count);
+  auto* base = static_cast<uint8_t*>(memory);
+  std::memset(base, 0, static_cast<size_t>(at.end));
+
+  ViewHeader header = {};
+  header.magic = kMagic;
+  header.isa = static_cast<int32_t>(kernel.isa);
+  header.bits = bits;
+  header.n = n;
+  header.groups = groups;
+  header.piece_count = piece_count;
+  header.bytes = at.end;
+  header.has_zeros = find_uniform_zero(bits, zero, n * groups, &header.uniform_zero) ? 0 : 1;
+  std::memcpy(base, &header, sizeof header);
+  if (piece_count > 0) std::memcpy(base + at.pieces, pieces, static_cast<size_t>(piece_count) * sizeof(KPiece));
+
+  const int64_t block_n = kernel.block_n, blocks = blocks_of(kernel, n);
+  const int64_t block_bytes = align(kernel.block_bytes(bits, pieces, piece_count));
+  auto* scale_out = reinterpret_cast<float*>(base + at.scale);
+  auto* zero_scale_out = reinterpret_cast<float*>(base + at.zero_scale);
+#pragma omp parallel for schedule(static) if (n * k > (1 << 20))
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = b * block_n, valid = std::min(block_n, n - first);
+    kernel.pack_block(bits, pieces, piece_count, codes + first * k, k, valid, base + at.blocks + b * block_bytes);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        const int64_t from = (first + lane) * groups + g, to = (b * groups + g) * block_n + lane;
+        scale_out[to] = scale[from] / kernel.lane_factor(bits, lane);
+        zero_scale_out[to] = scale[from] * zero[from];
+      }
+    }
+  }
+  if (n * groups > 0) std::memcpy(base + at.zero, zero, static_cast<size_t>(n * groups) * sizeof(float));
+}
+
+Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t bytes, PackedView* view) {
+  const auto* base = static_cast<const uint8_t*>(memory);
+  ViewHeader header;
+  if (bytes < static_cast<int64_t>(sizeof header)) return Status::wrong_layout;
+  std::memcpy(&header, base, sizeof header);
+  if (header.magic != kMagic || header.isa != static_cast<int32_t>(kernel.isa) || header.bytes > bytes) {
+    return Status::wrong_layout;
+  }
+  const int64_t pieces_at = align(sizeof(ViewHeader));
+  if (header.piece_count < 0 || pieces_at + header.piece_count * static_cast<int64_t>(sizeof(KPiece)) > bytes) {
+    return Status::wrong_layout;
+  }
+  const auto* pieces = reinterpret_cast<const KPiece*>(base + pieces_at);
+  const Parts at = parts_of(kernel, header.bits, header.n, header.groups, pieces, header.piece_count);
+  if (at.end != header.bytes) return Status::wrong_layout;
+  view->kernel = &kernel;
+  view->bits = header.bits;
+  view->n = header.n;
+  view->groups = header.groups;
+  view->piece_count = header.piece_count;
+  view->block_bytes = align(kernel.block_bytes(header.bits, pieces, header.piece_count));
+  view->pieces = pieces;
+  view->blocks = base + at.blocks;
+  view->scale = reinterpret_cast<const float*>(base + at.scale);
+  view->zero_scale = header.has_zeros ? reinterpret_cast<const float*>(base + at.zero_scale) : nullptr;
+  view->zero = reinterpret_cast<const float*>(base + at.zero);
+  view->uniform_zero = header.uniform_zero;
+  return Status::ok;
+}
+
+void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero) {
+  const LinearKernel& kernel = *view.kernel;
+  for (int64_t b = 0; b < blocks_of(kernel, view.n); ++b) {
+    const int64_t first = b * kernel.block_n, valid = std::min(kernel.block_n, view.n - first);
+    kernel.unpack_block(view.bits, view.pieces, view.piece_count, view.blocks + b * view.block_bytes, k, valid,
+                        codes + first * k);
+    for (int64_t g = 0; g < view.groups; ++g) {
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        scale[(first + lane) * view.groups + g] =
+            view.scale[(b * view.groups + g) * kernel.block_n + lane] * kernel.lane_factor(view.bits, lane);
+      }
+    }
+  }
+  if (view.n * view.groups > 0) {
+    std::memcpy(zero, view.zero, static_cast<size_t>(view.n * view.groups) * sizeof(float));
+  }
+}
+
+void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                     const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy) {
+  // A chunk is some rows, whose activations stay in L2, against some blocks: about a million
+  // multiply-adds, small enough that a thread which was preempted holds the others up little.
+  constexpr int64_t kActivationBytes = 384 << 10, kMacsPerChunk = 1 << 20;
+  const int64_t block_n = view.kernel->block_n, blocks = blocks_of(*view.kernel, view.n);
+  int64_t k = 0;
+  for (int64_t p = 0; p < view.piece_count; ++p) k += view.pieces[p].k_size;
+  const int64_t rows_fit = std::max<int64_t>(64, kActivationBytes / std::max<int64_t>(1, k) / 64 * 64);
+  const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
+  const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
+  const int64_t blocks_per_chunk = std::max<int64_t>(1, kMacsPerChunk / macs_per_block);
+  const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
+  const int64_t chunks = row_chunks * block_chunks;
+#pragma omp parallel for schedule(dynamic) if (chunks > 1)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t row_begin = c / block_chunks * rows_fit, block_begin = c % block_chunks * blocks_per_chunk;
+    const int64_t block_end = std::min(blocks, block_begin + blocks_per_chunk);
+    TileTask task;
+    task.uniform_zero = view.uniform_zero;
+    task.pieces = view.pieces;
+    task.piece_count = view.piece_count;
+    task.groups = view.groups;
+    task.rows = rows + row_begin;
+    task.row_scale = row_scale + row_begin;
+    task.row_sums = row_sums + row_begin * view.groups;
+    task.row_count = std::min(rows_fit, row_count - row_begin);
+    task.ldy = ldy;
+    for (int64_t b = block_begin; b < block_end; ++b) {
+      task.weight = view.blocks + b * view.block_bytes;
+      task.scale = view.scale + b * view.groups * block_n;
+      task.zero_scale = view.zero_scale == nullptr ? nullptr : view.zero_scale + b * view.groups * block_n;
+      task.bias = bias == nullptr ? nullptr : bias + b * block_n;
+      task.y = y + row_begin * ldy + b * block_n;
+      task.block_n_valid = std::min(block_n, view.n - b * block_n);
+      view.kernel->run(view.bits, task);
+    }
+  }
+}
+
+}  // namespace bantamweight

@@ -1,0 +1,34 @@
+#include <string>
+
+#include "python/module.h"
+
+namespace bw = bantamweight;
+namespace py = pybind11;
+
+bw::Isa isa_or_raise(const char* name) {
+  bw::Isa isa;
+  if (*name == '\0') {
+    if (const char* why = bw::isa_ceiling(&isa)) throw py::value_error(why);
+    return isa;
+  }
+  if (!bw::isa_from_name(name, &isa)) throw py::value_error(std::string("'") + name + "' names no kernel");
+  if (const char* missing = bw::isa_missing(isa)) throw py::value_error(std::string(name) + ": " + missing);
+  return isa;
+}
+
+py::list variant_table(const bw::Isa* isas, std::size_t count) {
+  py::list rows;
+  for (std::size_t i = 0; i < count; ++i) {
+    const char* missing = bw::isa_missing(isas[i]);
+    rows.append(py::make_tuple(bw::isa_name(isas[i]), missing == nullptr ? "" : missing));
+  }
+  return rows;
+}
+
+void bind_runtime(py::module_& module) {
+  module.def("status_message", [](int code) { return bw::status_message(static_cast<bw::Status>(code)); });
+  module.def("isa_table", [] { return variant_table(bw::kAllIsas, sizeof bw::kAllIsas / sizeof bw::kAllIsas[0]); },
+             "[(name, what is missing or '')] over every instruction set, best first");
+  module.def("isa_ceiling", [] { return bw::isa_name(isa_or_raise("")); },
+             "The instruction set that kernels may use now: BANTAMWEIGHT_FORCE_KERNEL or the best of this CPU");
+}

@@ -1,0 +1,55 @@
+// Picks the variant and shares the rows out over OpenMP's threads.
+#include <algorithm>
+#include <atomic>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "quantize_activations/quantize_activations.h"
+#include "runtime/variants.h"
+
+namespace bantamweight {
+namespace {
+
+const VariantList<QuantizeRowsKernel>& variants() {
+  static const VariantList<QuantizeRowsKernel> list = {quantize_rows_avx512(), quantize_rows_avx2(),
+                                                       quantize_rows_neon(), quantize_rows_reference()};
+  return list;
+}
+
+// Below this many floats a second thread costs more than it saves.
+constexpr int64_t kFloatsPerThread = 65536;
+
+}  // namespace
+
+const Isa* quantize_rows_variants(std::size_t* count) { return variants().isas(count); }
+
+Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
+  if (args.m < 0 || args.k < 0 || args.ldx < args.k || (args.k > 0 && args.group_size <= 0)) {
+    return Status::invalid_argument;
+  }
+  const QuantizeRowsKernel* kernel = variants().pick(ceiling);
+  const int64_t rows_per_chunk = std::max<int64_t>(1, kFloatsPerThread / std::max<int64_t>(1, args.k));
+  const int64_t chunks = (args.m + rows_per_chunk - 1) / rows_per_chunk;
+  if (chunks <= 1) return kernel->run(args);
+
+  const int64_t padded = padded_row_bytes(args.k);
+  const int64_t groups = (args.k + args.group_size - 1) / args.group_size;
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t begin = c * rows_per_chunk;
+    QuantizeRowsArgs part = args;
+    part.m = std::min(rows_per_chunk, args.m - begin);
+    part.x += begin * args.ldx;
+    part.q += begin * padded;
+    part.scale += begin;
+    part.sums += begin * groups;
+    const Status status = kernel->run(part);
+    if (status != Status::ok) worst.store(static_cast<int>(status));
+  }
+  return static_cast<Status>(worst.load());
+}
+
+}  // namespace bantamweight
