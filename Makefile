@@ -34,7 +34,7 @@ lint: $(VENV)/lint
 	$(BIN)/pyright
 	find csrc tests -name '*.cc' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
-package: $(VENV)/tools
+package: $(VENV)/installed
 	rm -rf build/package && mkdir -p build/package
 	$(BIN)/python -m build --outdir build/package .
 	$(PYTHON) -m venv --system-site-packages build/package/venv
