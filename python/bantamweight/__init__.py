@@ -1,1 +1,37 @@
-"""Make trained PyTorch networks small and tough, and run them fast at 2 to 4 bits."""
+"""Make trained PyTorch networks small and tough, and run them fast at 2 to 4 bits.
+
+The verbs are `quantize`, `pack`, `save` and `load`; the README's tour shows them at work.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  (before the extension, so that both share torch's OpenMP threads)
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported on first use, so that `import bantamweight` is cheap.
+_HOME = {
+    "QuantizedWeight": "weights",
+    "errors": "errors",
+    "nn": "nn",
+}
+
+__all__ = ["QuantizedWeight", "errors", "nn"]
+
+if TYPE_CHECKING:
+    from . import errors, nn
+    from .weights import QuantizedWeight
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bantamweight' has no attribute {name!r}")
+    module = import_module(f".{_HOME[name]}", __name__)
+    value = module if _HOME[name] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

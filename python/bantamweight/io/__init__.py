@@ -1,0 +1,1 @@
+"""Files: canonical bit packing and the model file."""

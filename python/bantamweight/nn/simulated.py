@@ -1,0 +1,247 @@
+"""The simulated form: float arithmetic on dequantized weights, on any device, with gradients.
+
+For training, for oracles, and for machines without a kernel. With ``activation_bits=8`` the input is
+rounded to int8 by the kernels' own rule, and a packed layer equals it up to float rounding.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+from ..errors import BantamweightError
+from ..io.bitpack import pack_codes, unpack_codes
+from ..weights import QuantizedWeight, conv_weight
+from .layer import QuantizedLayer, check_bias, check_conv_shape
+
+
+class _RoundToInt8(torch.autograd.Function):
+    """Rounds each slice to int8 against its own absolute maximum; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        maximum = x.abs().amax(dims, keepdim=True)
+        to_code = 127.0 / maximum
+        # A maximum so small that 127 / maximum overflows counts as zero, as in the kernels.
+        usable = torch.isfinite(to_code)
+        codes = torch.round(x * torch.where(usable, to_code, 0.0))
+        return codes * torch.where(usable, maximum / 127.0, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_output, None
+
+
+def simulate_int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x as the kernels see it: rounded to ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`, ties to even."""
+    if x.numel() == 0:
+        return x
+    return _RoundToInt8.apply(x, dims)  # type: ignore[return-value]
+
+
+class SimulatedLayer(QuantizedLayer):
+    """Codes, scales and zeros as buffers, and the float weight they stand for as a cache."""
+
+    form = "simulated"
+    codes: Tensor  # bit-packed, uint8
+    scale: Tensor
+    zero: Tensor
+    weight: Tensor
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> None:
+        super().__init__()
+        if activation_bits not in (None, 8):
+            raise BantamweightError(f"activation_bits is {activation_bits!r}, but must be 8, or None for float inputs")
+        check_bias(bias, quantized.out_features)
+        self.activation_bits = activation_bits
+        self.out_rows, self.in_columns = quantized.out_features, quantized.in_features
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        for name in ("codes", "scale", "zero", "weight"):
+            self.register_buffer(name, None, persistent=False)  # the state dict is QuantizedLayer's work
+        dtype = torch.float32 if bias is None else bias.dtype
+        self._hold(quantized, dtype)
+
+    def _hold(self, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+        self.levels, self.group_size = quantized.levels, quantized.group_size
+        self.codes = pack_codes(quantized.codes, quantized.levels)
+        self.scale = quantized.scale.clone()
+        self.zero = quantized.zero.clone()
+        self.scheme = quantized.scheme
+        self.weight = self.shape_weight(quantized.dequantize()).to(dtype)
+
+    def shape_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix [out, in] as the layer's float operation wants it."""
+        return matrix
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        return QuantizedWeight(
+            codes=unpack_codes(self.codes, self.levels, self.in_columns),
+            scale=self.scale,
+            zero=self.zero,
+            levels=self.levels,
+            group_size=self.group_size,
+        )
+
+    def set_quantized(self, weight: QuantizedWeight) -> None:
+        self.check_same_shape(weight, self.out_rows, self.in_columns)
+        self._hold(weight.to(self.codes.device), self.weight.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # .half() or .double() convert the cached weight and the bias; the scales stay float32, exact.
+        scale, zero = self.scale, self.zero
+        super()._apply(fn, recurse)
+        self.scale, self.zero = scale.to(self.codes.device), zero.to(self.codes.device)
+        return self
+
+    def describe(self) -> str:
+        activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
+        return f"bias={self.bias is not None}, simulated {self.scheme}{activations}"
+
+
+class SimulatedLinear(SimulatedLayer):
+    """`nn.Linear` with the weight a QuantizedWeight stands for.
+
+    Example:
+        >>> import torch
+        >>> from bantamweight import QuantizedWeight
+        >>> w = QuantizedWeight.from_codes(torch.randint(0, 16, (8, 32), dtype=torch.uint8), 0.1, 8.0, levels=16)
+        >>> SimulatedLinear(w)(torch.randn(4, 32)).shape
+        torch.Size([4, 8])
+    """
+
+    def __init__(
+        self, quantized: QuantizedWeight, bias: Tensor | None = None, *, activation_bits: int | None = None
+    ) -> None:
+        super().__init__(quantized, bias, activation_bits)
+        self.out_features, self.in_features = quantized.out_features, quantized.in_features
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        activation_bits: int | None = None,
+    ) -> Self:
+        """Takes the place of `linear`; `bias` replaces its bias (a corrected one, say), None keeps it.
+
+        Raises:
+            BantamweightError: the weight or the bias has another shape than the layer.
+        """
+        if (quantized.out_features, quantized.in_features) != (linear.out_features, linear.in_features):
+            raise BantamweightError(
+                f"a weight of {quantized.out_features}x{quantized.in_features} came for a linear layer of "
+                f"{linear.out_features}x{linear.in_features}; pass the weight of this layer"
+            )
+        return cls(quantized, linear.bias if bias is None else bias, activation_bits=activation_bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation_bits is not None:
+            x = simulate_int8(x, (-1,))
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
+
+
+class SimulatedConv2d(SimulatedLayer):
+    """`nn.Conv2d` with the weight a QuantizedWeight stands for; its codes are channels last (`weights.conv_matrix`)."""
+
+    def __init__(
+        self,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        in_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        activation_bits: int | None = None,
+    ) -> None:
+        kh, kw = kernel_size
+        check_conv_shape(quantized, in_channels, kernel_size, groups)
+        self.kernel_size = (kh, kw)
+        super().__init__(quantized, bias, activation_bits)
+        self.in_channels, self.out_channels = in_channels, quantized.out_features
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.padding_mode = padding_mode
+
+    @classmethod
+    def from_float(
+        cls,
+        conv: nn.Conv2d,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        activation_bits: int | None = None,
+    ) -> Self:
+        """Takes the place of `conv`; `bias` replaces its bias (a corrected one, say), None keeps it.
+
+        Raises:
+            BantamweightError: the weight or the bias has another shape than the layer.
+        """
+        if quantized.out_features != conv.out_channels:
+            raise BantamweightError(
+                f"a weight of {quantized.out_features} rows came for a convolution of {conv.out_channels} output "
+                "channels; pass the weight of this layer"
+            )
+        return cls(
+            quantized,
+            conv.bias if bias is None else bias,
+            in_channels=conv.in_channels,
+            kernel_size=_pair(conv.kernel_size),
+            stride=_pair(conv.stride),
+            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+            activation_bits=activation_bits,
+        )
+
+    def shape_weight(self, matrix: Tensor) -> Tensor:
+        return conv_weight(matrix, *self.kernel_size)
+
+    def zero_padding(self) -> tuple[int, int] | None:
+        """The rows and columns of zeros on each side, or None where the layer pads otherwise or unevenly."""
+        if self.padding_mode != "zeros":
+            return None
+        if isinstance(self.padding, tuple):
+            return self.padding
+        if self.padding == "valid":
+            return (0, 0)
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation_bits is not None:
+            x = simulate_int8(x, (-3, -2, -1))
+        if self.padding_mode == "zeros":
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = F.pad(x, self._sides(), mode=self.padding_mode)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def _sides(self) -> tuple[int, int, int, int]:
+        """Left, right, top and bottom padding, as F.pad orders them."""
+        if isinstance(self.padding, tuple):
+            return (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
+        if self.padding == "valid":
+            return (0, 0, 0, 0)
+        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return (width // 2, width - width // 2, height // 2, height - height // 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, {self.describe()}"
+        )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, tuple) else (value, value)
+    return (int(first), int(second))
