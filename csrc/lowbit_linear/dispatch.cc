@@ -13,8 +13,8 @@ namespace bantamweight {
 namespace {
 
 const VariantList<LinearKernel>& variants() {
-  static const VariantList<LinearKernel> list = {linear_kernel_amx(),       linear_kernel_avx512_vnni(),
-                                                 linear_kernel_avx2(),      linear_kernel_neon_i8mm(),
+  static const VariantList<LinearKernel> list = {linear_kernel_amx(),          linear_kernel_avx512_vnni(),
+                                                 linear_kernel_avx2(),         linear_kernel_neon_i8mm(),
                                                  linear_kernel_neon_dotprod(), linear_kernel_reference()};
   return list;
 }
@@ -52,14 +52,29 @@ std::vector<KPiece> pieces_of(const LinearShape& s) {
   return pieces;
 }
 
+// True if the view behind the header is the one that the header's shape asks for.
+bool fits(const LinearShape& s, const PackedView& view) {
+  if (!valid(s) || view.n != s.n || view.bits != s.bits || view.groups != view.piece_count) return false;
+  const int64_t size = summed_group_size(s);
+  if (view.groups != ceil_div(s.k, size)) return false;
+  for (int64_t g = 0; g < view.groups; ++g) {
+    const KPiece& piece = view.pieces[g];
+    if (piece.k_begin != g * size || piece.k_size != std::min(size, s.k - g * size)) return false;
+    if (piece.row_offset != g * size || piece.group != g) return false;
+  }
+  return true;
+}
+
 Status read(const void* layout, int64_t bytes, LinearHeader* header, PackedView* view) {
   if (layout == nullptr || bytes < static_cast<int64_t>(sizeof *header)) return Status::wrong_layout;
   std::memcpy(header, layout, sizeof *header);
   if (header->magic != kMagic) return Status::wrong_layout;
   const LinearKernel* kernel = linear_kernel(static_cast<Isa>(header->isa));
   if (kernel == nullptr || isa_missing(kernel->isa) != nullptr) return Status::wrong_layout;
-  return packed_view_read(*kernel, static_cast<const uint8_t*>(layout) + sizeof *header,
-                          bytes - static_cast<int64_t>(sizeof *header), view);
+  const Status status = packed_view_read(*kernel, static_cast<const uint8_t*>(layout) + sizeof *header,
+                                         bytes - static_cast<int64_t>(sizeof *header), view);
+  if (status != Status::ok) return status;
+  return fits({header->n, header->k, header->bits, header->group_size}, *view) ? Status::ok : Status::wrong_layout;
 }
 
 }  // namespace

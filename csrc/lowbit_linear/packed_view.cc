@@ -60,6 +60,25 @@ bool find_uniform_zero(int bits, const float* zero, int64_t count, int32_t* unif
   return true;
 }
 
+// False unless the sizes may be multiplied without overflow and the pieces may be walked.
+bool sound(const ViewHeader& header, const KPiece* pieces) {
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const int bits = header.bits;
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return false;
+  if (header.n < 0 || header.n >= kLimit || header.groups < 0 || header.groups > header.piece_count) return false;
+  if (header.uniform_zero < 0 || header.uniform_zero >= 1 << bits || (header.has_zeros | 1) != 1) return false;
+  int64_t k = 0, group = 0;
+  for (int64_t p = 0; p < header.piece_count; ++p) {
+    const KPiece& piece = pieces[p];
+    if (piece.k_begin < 0 || piece.k_size <= 0 || piece.k_begin >= kLimit || piece.k_size >= kLimit) return false;
+    if (piece.row_offset < 0 || piece.group < group || piece.group >= header.groups) return false;
+    k += piece.k_size;
+    group = piece.group;
+    if (k >= kLimit) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
@@ -114,10 +133,11 @@ Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t 
     return Status::wrong_layout;
   }
   const int64_t pieces_at = align(sizeof(ViewHeader));
-  if (header.piece_count < 0 || pieces_at + header.piece_count * static_cast<int64_t>(sizeof(KPiece)) > bytes) {
+  if (header.piece_count < 0 || header.piece_count > (bytes - pieces_at) / static_cast<int64_t>(sizeof(KPiece))) {
     return Status::wrong_layout;
   }
   const auto* pieces = reinterpret_cast<const KPiece*>(base + pieces_at);
+  if (!sound(header, pieces)) return Status::wrong_layout;
   const Parts at = parts_of(kernel, header.bits, header.n, header.groups, pieces, header.piece_count);
   if (at.end != header.bytes) return Status::wrong_layout;
   view->kernel = &kernel;
@@ -153,8 +173,8 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
   }
 }
 
-void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
-                     const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy) {
+void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
+                     int64_t row_count, const float* bias, float* y, int64_t ldy) {
   // A chunk is some rows, whose activations stay in L2, against some blocks: about a million
   // multiply-adds, small enough that a thread which was preempted holds the others up little.
   constexpr int64_t kActivationBytes = 384 << 10, kMacsPerChunk = 1 << 20;
