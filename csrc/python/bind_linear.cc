@@ -64,6 +64,7 @@ void bind_linear(py::module_& module) {
     return static_cast<int>(bw::linear_forward(as_pointer<void>(layout), layout_bytes, as_pointer<float>(x), ldx, m,
                                                as_pointer<float>(bias), as_pointer<float>(y), ldy));
   });
+  module.def("padded_row_bytes", &bw::padded_row_bytes, "Bytes from one int8 activation row to the next");
   module.def("quantize_rows", [](std::uintptr_t x, int64_t ldx, int64_t m, int64_t k, int64_t group_size,
                                  std::uintptr_t q, std::uintptr_t scale, std::uintptr_t sums, const char* isa) {
     bw::QuantizeRowsArgs args;
