@@ -150,4 +150,10 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
 void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                      const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy);
 
+// The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias and y
+// are those of channel 0.
+void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                            const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
+                            int64_t block_begin, int64_t block_end);
+
 }  // namespace bantamweight

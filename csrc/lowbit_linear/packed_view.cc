@@ -191,25 +191,34 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t row_begin = c / block_chunks * rows_fit, block_begin = c % block_chunks * blocks_per_chunk;
     const int64_t block_end = std::min(blocks, block_begin + blocks_per_chunk);
-    TileTask task;
-    task.uniform_zero = view.uniform_zero;
-    task.pieces = view.pieces;
-    task.piece_count = view.piece_count;
-    task.groups = view.groups;
-    task.rows = rows + row_begin;
-    task.row_scale = row_scale + row_begin;
-    task.row_sums = row_sums + row_begin * view.groups;
-    task.row_count = std::min(rows_fit, row_count - row_begin);
-    task.ldy = ldy;
-    for (int64_t b = block_begin; b < block_end; ++b) {
-      task.weight = view.blocks + b * view.block_bytes;
-      task.scale = view.scale + b * view.groups * block_n;
-      task.zero_scale = view.zero_scale == nullptr ? nullptr : view.zero_scale + b * view.groups * block_n;
-      task.bias = bias == nullptr ? nullptr : bias + b * block_n;
-      task.y = y + row_begin * ldy + b * block_n;
-      task.block_n_valid = std::min(block_n, view.n - b * block_n);
-      view.kernel->run(view.bits, task);
-    }
+    packed_view_run_blocks(view, rows + row_begin, row_scale + row_begin, row_sums + row_begin * view.groups,
+                           std::min(rows_fit, row_count - row_begin), bias, y + row_begin * ldy, ldy, block_begin,
+                           block_end);
+  }
+}
+
+void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                            const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
+                            int64_t block_begin, int64_t block_end) {
+  const int64_t block_n = view.kernel->block_n;
+  TileTask task;
+  task.uniform_zero = view.uniform_zero;
+  task.pieces = view.pieces;
+  task.piece_count = view.piece_count;
+  task.groups = view.groups;
+  task.rows = rows;
+  task.row_scale = row_scale;
+  task.row_sums = row_sums;
+  task.row_count = row_count;
+  task.ldy = ldy;
+  for (int64_t b = block_begin; b < block_end; ++b) {
+    task.weight = view.blocks + b * view.block_bytes;
+    task.scale = view.scale + b * view.groups * block_n;
+    task.zero_scale = view.zero_scale == nullptr ? nullptr : view.zero_scale + b * view.groups * block_n;
+    task.bias = bias == nullptr ? nullptr : bias + b * block_n;
+    task.y = y + b * block_n;
+    task.block_n_valid = std::min(block_n, view.n - b * block_n);
+    view.kernel->run(view.bits, task);
   }
 }
 

@@ -1,0 +1,41 @@
+// The packed buffer of a convolution, as conv_pack writes it and conv_forward reads it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "depthwise_conv/depthwise_conv.h"
+#include "lowbit_conv/lowbit_conv.h"
+#include "lowbit_linear/lowbit_linear.h"
+
+namespace bantamweight {
+
+struct ConvLayout {
+  ConvShape shape;
+  Isa isa = Isa::reference;
+  // A view a channel group, unless the convolution is depthwise.
+  const uint8_t* views = nullptr;
+  int64_t view_bytes = 0;
+  // The tables of DepthwiseTask, and the zeros as they came.
+  const int16_t* weight = nullptr;
+  const float* scale = nullptr;
+  const float* zero_scale = nullptr;
+  const float* zero = nullptr;
+};
+
+Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out);
+
+// k per int32 sum: a scale group, or kMaxGroupK of one that is longer.
+inline int64_t conv_summed_group(const ConvShape& s) { return s.group_size < kMaxGroupK ? s.group_size : kMaxGroupK; }
+inline int64_t conv_summed_groups(const ConvShape& s) {
+  return (s.k() + conv_summed_group(s) - 1) / conv_summed_group(s);
+}
+
+// The runs of K that are contiguous in a padded image whose rows are row_bytes apart, cut where a
+// group ends. Only row_offset depends on row_bytes.
+std::vector<KPiece> conv_pieces(const ConvShape& shape, int64_t row_bytes);
+
+// The taps of a depthwise convolution two by two, cut where a group ends.
+std::vector<TapPair> conv_tap_pairs(const ConvShape& shape, int64_t row_bytes);
+
+}  // namespace bantamweight

@@ -1,0 +1,332 @@
+// From float images to float images: quantize some images, then share tasks of output pixels by
+// output channels out over OpenMP's threads.
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "lowbit_conv/conv_layout.h"
+#include "quantize_images/quantize_images.h"
+#include "runtime/scratch.h"
+
+namespace bantamweight {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t available_threads() {
+#if defined(_OPENMP)
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// One int32 of a padded pixel's slice sums that an output pixel's group sum takes in.
+struct SumEntry {
+  int64_t offset;  // from the output pixel's first padded pixel, in slice sums
+  int64_t group;
+};
+
+// What is the same for every task of a call.
+struct Plan {
+  ConvLayout layout;
+  ConvInput input;
+  const float* bias;
+  float* y;
+  int64_t padded_h, padded_w, out_h, out_w;
+  int64_t groups;                 // int32 sums an output pixel and channel group
+  std::vector<PackedView> views;  // one a channel group, with this image's pieces
+  std::vector<KPiece> pieces;
+  std::vector<TapPair> pairs;     // depthwise
+  int64_t slice_size = 0;         // channels a slice sum; 0 where every zero is 0
+  std::vector<SumEntry> entries;  // group-major; the same for every channel group but for a shift
+
+  int64_t image_bytes() const { return padded_h * padded_w * layout.shape.in_channels; }
+  int64_t slices() const { return slice_size == 0 ? 0 : layout.shape.in_channels / slice_size; }
+  int64_t image_rows() const { return out_h * out_w; }
+};
+
+Status plan_views(Plan* plan) {
+  const ConvShape& s = plan->layout.shape;
+  plan->pieces = conv_pieces(s, plan->padded_w * s.in_channels);
+  plan->views.resize(static_cast<size_t>(s.groups));
+  bool any_zero = false;
+  for (int64_t g = 0; g < s.groups; ++g) {
+    PackedView& view = plan->views[static_cast<size_t>(g)];
+    const Status status =
+        packed_view_read(*linear_kernel(plan->layout.isa), plan->layout.views + g * plan->layout.view_bytes,
+                         plan->layout.view_bytes, &view);
+    if (status != Status::ok) return status;
+    if (view.piece_count != static_cast<int64_t>(plan->pieces.size())) return Status::wrong_layout;
+    view.pieces = plan->pieces.data();
+    any_zero = any_zero || view.zero_scale != nullptr || view.uniform_zero != 0;
+  }
+  if (!any_zero) return Status::ok;
+
+  // Sums over slices that no group and no pixel boundary cuts.
+  const int64_t depth = s.in_channels / s.groups, group = conv_summed_group(s);
+  plan->slice_size = plan->groups == 1 ? depth : std::gcd(depth, group);
+  const int64_t slices = plan->slices();
+  for (int64_t k = 0; k < s.k(); k += plan->slice_size) {
+    const int64_t tap = k / depth, slice = k % depth / plan->slice_size;
+    const int64_t ky = tap / s.kernel_w, kx = tap % s.kernel_w;
+    plan->entries.push_back({(ky * s.dilation_h * plan->padded_w + kx * s.dilation_w) * slices + slice, k / group});
+  }
+  return Status::ok;
+}
+
+Status make_plan(const void* layout, int64_t layout_bytes, const ConvInput& input, const float* bias, float* y,
+                 Plan* plan) {
+  const Status status = conv_layout_read(layout, layout_bytes, &plan->layout);
+  if (status != Status::ok) return status;
+  const ConvShape& s = plan->layout.shape;
+  constexpr int64_t kMaxExtent = int64_t{1} << 24;
+  if (input.images < 0 || input.height < 0 || input.width < 0 || input.height > kMaxExtent ||
+      input.width > kMaxExtent) {
+    return Status::invalid_argument;
+  }
+  plan->input = input;
+  plan->bias = bias;
+  plan->y = y;
+  plan->padded_h = s.pad_top + input.height + s.pad_bottom;
+  plan->padded_w = s.pad_left + input.width + s.pad_right;
+  if (plan->padded_h <= s.dilation_h * (s.kernel_h - 1) || plan->padded_w <= s.dilation_w * (s.kernel_w - 1)) {
+    return Status::invalid_argument;
+  }
+  if (plan->padded_h > (int64_t{1} << 40) / plan->padded_w / s.in_channels) return Status::out_of_memory;
+  plan->out_h = conv_out_height(s, input.height);
+  plan->out_w = conv_out_width(s, input.width);
+  plan->groups = conv_summed_groups(s);
+  if (s.depthwise()) {
+    plan->pairs = conv_tap_pairs(s, plan->padded_w * s.in_channels);
+    return Status::ok;
+  }
+  return plan_views(plan);
+}
+
+// Some images after quantization.
+struct Quantized {
+  int64_t first, count;  // images
+  const int8_t* q;
+  const float* scale;
+  const int32_t* sums;
+};
+
+// Output pixels [begin, end) of the quantized images, counted over all of them.
+struct RowRange {
+  int64_t begin, end;
+};
+
+// Calls visit(image, padded pixel under the first output pixel, number of output pixels, index of
+// the first in the range) for each stretch of the range that lies in one output row.
+template <class Visit>
+void for_each_stretch(const Plan& plan, RowRange range, Visit visit) {
+  const ConvShape& s = plan.layout.shape;
+  for (int64_t row = range.begin; row < range.end;) {
+    const int64_t image = row / plan.image_rows(), in_image = row % plan.image_rows();
+    const int64_t oy = in_image / plan.out_w, ox = in_image % plan.out_w;
+    const int64_t count = std::min(plan.out_w - ox, range.end - row);
+    visit(image, oy * s.stride_h * plan.padded_w + ox * s.stride_w, count, row - range.begin);
+    row += count;
+  }
+}
+
+void point_at_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t first_channel,
+                   const int8_t** rows, float* row_scale) {
+  const int64_t channels = plan.layout.shape.in_channels, step = plan.layout.shape.stride_w * channels;
+  for_each_stretch(plan, range, [&](int64_t image, int64_t pixel, int64_t count, int64_t at) {
+    const int8_t* q = images.q + image * plan.image_bytes() + pixel * channels + first_channel;
+    for (int64_t i = 0; i < count; ++i) {
+      rows[at + i] = q + i * step;
+      row_scale[at + i] = images.scale[image];
+    }
+  });
+}
+
+// sums [rows of the range][groups]: box sums of the slice sums.
+void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t channel_group, int32_t* sums) {
+  const int64_t groups = plan.groups, slices = plan.slices();
+  std::fill(sums, sums + (range.end - range.begin) * groups, 0);
+  if (slices == 0) return;
+  const int64_t first_slice = channel_group * (slices / plan.layout.shape.groups);
+  const int64_t step = plan.layout.shape.stride_w * slices;
+  for_each_stretch(plan, range, [&](int64_t image, int64_t pixel, int64_t count, int64_t at) {
+    const int32_t* from = images.sums + (image * plan.padded_h * plan.padded_w + pixel) * slices + first_slice;
+    for (const SumEntry& entry : plan.entries) {
+      const int32_t* slice = from + entry.offset;
+      int32_t* to = sums + at * groups + entry.group;
+      if (groups == 1 && step == 1) {  // the common case, in a form that compilers make vectors of
+        for (int64_t i = 0; i < count; ++i) to[i] += slice[i];
+      } else {
+        for (int64_t i = 0; i < count; ++i) to[i * groups] += slice[i * step];
+      }
+    }
+  });
+}
+
+// How the output of some images is cut into tasks.
+struct Tasks {
+  int64_t rows_per_task, blocks_per_task;
+  int64_t row_chunks, block_chunks, channel_groups;
+  bool worth_threads;
+
+  int64_t count() const { return row_chunks * block_chunks * channel_groups; }
+};
+
+Tasks cut(const Plan& plan, int64_t rows) {
+  // A task is about two million multiply-adds: enough to pay for its row pointers and sums, and
+  // small enough that a thread which was preempted holds the others up little.
+  constexpr int64_t kRows = 256, kMacsPerTask = int64_t{2} << 20;
+  const ConvShape& s = plan.layout.shape;
+  Tasks tasks;
+  // Whole output rows, so that neighbouring row pointers are equally spaced.
+  tasks.rows_per_task = plan.out_w < kRows ? kRows / plan.out_w * plan.out_w : kRows;
+  tasks.row_chunks = ceil_div(rows, tasks.rows_per_task);
+  tasks.channel_groups = s.depthwise() ? 1 : s.groups;
+  int64_t blocks = 1, macs_per_block = 0;
+  if (!s.depthwise()) {
+    const int64_t block_n = plan.views[0].kernel->block_n;
+    blocks = ceil_div(plan.views[0].n, block_n);
+    macs_per_block = std::min(rows, tasks.rows_per_task) * s.k() * block_n;
+  }
+  tasks.blocks_per_task = std::clamp<int64_t>(kMacsPerTask / std::max<int64_t>(1, macs_per_block), 1, blocks);
+  tasks.block_chunks = ceil_div(blocks, tasks.blocks_per_task);
+  // Per multiply-add a depthwise convolution costs about sixteen times as much.
+  const int64_t macs = rows * s.k() * s.out_channels / (s.depthwise() ? 1 : s.groups);
+  tasks.worth_threads = macs * (s.depthwise() ? 16 : 1) >= 2 * kMacsPerTask;
+  return tasks;
+}
+
+Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, int64_t index) {
+  const ConvShape& s = plan.layout.shape;
+  const int64_t block_chunk = index % tasks.block_chunks, rest = index / tasks.block_chunks;
+  const int64_t channel_group = rest % tasks.channel_groups, row_chunk = rest / tasks.channel_groups;
+  const int64_t all_rows = images.count * plan.image_rows();
+  const RowRange range = {row_chunk * tasks.rows_per_task, std::min(all_rows, (row_chunk + 1) * tasks.rows_per_task)};
+  const int64_t row_count = range.end - range.begin;
+
+  ScratchPlan sizes;
+  const int64_t rows_at = sizes.add<const int8_t*>(row_count);
+  const int64_t scale_at = sizes.add<float>(row_count);
+  const int64_t sums_at = sizes.add<int32_t>(row_count * plan.groups);
+  thread_local Scratch scratch;
+  uint8_t* memory = scratch.get(sizes.bytes());
+  if (memory == nullptr) return Status::out_of_memory;
+  auto** rows = reinterpret_cast<const int8_t**>(memory + rows_at);
+  auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
+  auto* sums = reinterpret_cast<int32_t*>(memory + sums_at);
+
+  const int64_t depth = s.in_channels / s.groups;
+  float* y = plan.y + (images.first * plan.image_rows() + range.begin) * s.out_channels;
+  if (s.depthwise()) {
+    point_at_rows(plan, images, range, 0, rows, row_scale);
+    DepthwiseTask task;
+    task.weight = plan.layout.weight;
+    task.scale = plan.layout.scale;
+    task.zero_scale = plan.layout.zero_scale;
+    task.pairs = plan.pairs.data();
+    task.pair_count = static_cast<int64_t>(plan.pairs.size());
+    task.groups = plan.groups;
+    task.channels = s.out_channels;
+    task.rows = rows;
+    task.row_scale = row_scale;
+    task.row_count = row_count;
+    task.bias = plan.bias;
+    task.y = y;
+    task.ldy = s.out_channels;
+    depthwise_pick(plan.layout.isa)->run(task);
+    return Status::ok;
+  }
+  point_at_rows(plan, images, range, channel_group * depth, rows, row_scale);
+  sum_rows(plan, images, range, channel_group, sums);
+  const PackedView& view = plan.views[static_cast<size_t>(channel_group)];
+  const int64_t first_channel = channel_group * view.n, blocks = ceil_div(view.n, view.kernel->block_n);
+  const int64_t block_begin = block_chunk * tasks.blocks_per_task;
+  packed_view_run_blocks(view, rows, row_scale, sums, row_count,
+                         plan.bias == nullptr ? nullptr : plan.bias + first_channel, y + first_channel, s.out_channels,
+                         block_begin, std::min(blocks, block_begin + tasks.blocks_per_task));
+  return Status::ok;
+}
+
+Status run_images(const Plan& plan, int64_t first, int64_t count) {
+  const ConvShape& s = plan.layout.shape;
+  const int64_t pixels = count * plan.padded_h * plan.padded_w;
+  ScratchPlan sizes;
+  const int64_t q_at = sizes.add<int8_t>(pixels * s.in_channels + 64);  // kernels read 64 bytes past a row
+  const int64_t scale_at = sizes.add<float>(count);
+  const int64_t sums_at = sizes.add<int32_t>(pixels * plan.slices());
+  thread_local Scratch scratch;
+  uint8_t* memory = scratch.get(sizes.bytes());
+  if (memory == nullptr) return Status::out_of_memory;
+
+  QuantizeImagesArgs args;
+  args.x = plan.input.x + first * plan.input.stride_n;
+  args.images = count;
+  args.channels = s.in_channels;
+  args.height = plan.input.height;
+  args.width = plan.input.width;
+  args.stride_n = plan.input.stride_n;
+  args.stride_c = plan.input.stride_c;
+  args.stride_h = plan.input.stride_h;
+  args.stride_w = plan.input.stride_w;
+  args.pad_top = s.pad_top;
+  args.pad_bottom = s.pad_bottom;
+  args.pad_left = s.pad_left;
+  args.pad_right = s.pad_right;
+  args.slice_size = plan.slice_size == 0 ? s.in_channels : plan.slice_size;
+  args.q = reinterpret_cast<int8_t*>(memory + q_at);
+  args.scale = reinterpret_cast<float*>(memory + scale_at);
+  args.sums = plan.slice_size == 0 ? nullptr : reinterpret_cast<int32_t*>(memory + sums_at);
+  const Status quantized = quantize_images(args, plan.layout.isa);
+  if (quantized != Status::ok) return quantized;
+
+  const Quantized images = {first, count, args.q, args.scale, args.sums};
+  const Tasks tasks = cut(plan, count * plan.image_rows());
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
+#pragma omp parallel for schedule(dynamic) if (tasks.worth_threads && tasks.count() > 1)
+  for (int64_t i = 0; i < tasks.count(); ++i) {
+    const Status status = run_task(plan, images, tasks, i);
+    if (status != Status::ok) worst.store(static_cast<int>(status));
+  }
+  return static_cast<Status>(worst.load());
+}
+
+}  // namespace
+
+Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& input, const float* bias, float* y) try {
+  Plan plan;
+  const Status status = make_plan(layout, layout_bytes, input, bias, y, &plan);
+  if (status != Status::ok) return status;
+  if (input.images == 0) return Status::ok;
+
+  // Batches: as many images at a time as stay in L2 between quantization and multiplication, whole
+  // images to each thread. A batch that does not go round shares its images out inside.
+  constexpr int64_t kBatchBytes = 512 << 10;
+  const int64_t threads = available_threads();
+  const int64_t fit = std::clamp<int64_t>(kBatchBytes / plan.image_bytes(), 1, input.images);
+  const int64_t per_batch = std::min(fit, ceil_div(input.images, threads));
+  const int64_t batches = ceil_div(input.images, per_batch);
+  const bool spread = batches % threads == 0 || batches >= 4 * threads;
+  const int64_t work = input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.shape.out_channels);
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
+#pragma omp parallel for schedule(dynamic) if (threads > 1 && spread && batches > 1 && work > (1 << 17))
+  for (int64_t b = 0; b < batches; ++b) {
+    Status done = Status::out_of_memory;
+    try {
+      done = run_images(plan, b * per_batch, std::min(per_batch, input.images - b * per_batch));
+    } catch (const std::bad_alloc&) {
+    }
+    if (done != Status::ok) worst.store(static_cast<int>(done));
+  }
+  return static_cast<Status>(worst.load());
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+}  // namespace bantamweight

@@ -1,0 +1,293 @@
+// Packing, unpacking and reading back the weights of a convolution.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+
+#include "lowbit_conv/conv_layout.h"
+
+namespace bantamweight {
+namespace {
+
+constexpr uint64_t kMagic = 0x31766e6f63776231ull;
+constexpr int64_t kAlign = 64;
+
+struct ConvHeader {
+  uint64_t magic;
+  int64_t isa;
+  int64_t bytes;
+  int64_t integer_zeros;  // depthwise: 1 if the zeros are inside the weights
+  ConvShape shape;
+};
+constexpr int64_t kHeaderBytes = (sizeof(ConvHeader) + kAlign - 1) / kAlign * kAlign;
+
+int64_t align(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+bool valid(const ConvShape& s) {
+  // Sizes whose products would not fit an int64 are refused before any multiplication.
+  constexpr int64_t kMaxChannels = int64_t{1} << 24, kMaxExtent = int64_t{1} << 16;
+  const auto between = [](int64_t value, int64_t low, int64_t high) { return value >= low && value <= high; };
+  const bool sizes = between(s.in_channels, 1, kMaxChannels) && between(s.out_channels, 1, kMaxChannels) &&
+                     between(s.kernel_h, 1, 1 << 12) && between(s.kernel_w, 1, 1 << 12) &&
+                     between(s.stride_h, 1, kMaxExtent) && between(s.stride_w, 1, kMaxExtent) &&
+                     between(s.dilation_h, 1, kMaxExtent) && between(s.dilation_w, 1, kMaxExtent) &&
+                     between(s.pad_top, 0, kMaxExtent) && between(s.pad_bottom, 0, kMaxExtent) &&
+                     between(s.pad_left, 0, kMaxExtent) && between(s.pad_right, 0, kMaxExtent);
+  const bool bits = s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8;
+  if (!sizes || !bits || s.groups < 1 || s.in_channels % s.groups != 0 || s.out_channels % s.groups != 0) return false;
+  if (s.k() >= int64_t{1} << 31) return false;
+  return s.group_size >= 1 && (s.group_size <= kMaxGroupK || s.group_size >= s.k());
+}
+
+// Byte offsets behind the header of a depthwise layout.
+struct DepthwiseParts {
+  int64_t weight, scale, zero_scale, zero, end;
+};
+
+DepthwiseParts depthwise_parts(const ConvShape& s, int64_t pair_count) {
+  const int64_t lanes = depthwise_lanes(s.out_channels), groups = conv_summed_groups(s);
+  const int64_t table = align(groups * lanes * static_cast<int64_t>(sizeof(float)));
+  DepthwiseParts at;
+  at.weight = kHeaderBytes;
+  at.scale = at.weight + align(pair_count * lanes * 2 * static_cast<int64_t>(sizeof(int16_t)));
+  at.zero_scale = at.scale + table;
+  at.zero = at.zero_scale + table;
+  at.end = at.zero + table;
+  return at;
+}
+
+int64_t view_bytes_of(const ConvShape& s, Isa isa) {
+  const std::vector<KPiece> pieces = conv_pieces(s, 0);
+  return packed_view_bytes(*linear_kernel(isa), static_cast<int>(s.bits), s.out_channels / s.groups,
+                           conv_summed_groups(s), pieces.data(), static_cast<int64_t>(pieces.size()));
+}
+
+bool has_variant(const ConvShape& s, Isa isa) {
+  return s.depthwise() ? depthwise_pick(isa)->isa == isa : linear_kernel(isa) != nullptr;
+}
+
+int64_t layout_bytes_of(const ConvShape& s, Isa isa) {
+  if (!s.depthwise()) return kHeaderBytes + s.groups * view_bytes_of(s, isa);
+  return depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size())).end;
+}
+
+// Zeros that can be subtracted from the codes once and for all.
+bool all_code_zeros(const float* zero, int64_t count) {
+  return std::all_of(zero, zero + count, [](float z) { return z >= 0.0f && z <= 255.0f && z == std::floor(z); });
+}
+
+// Calls visit(pair, which of its two taps, tap) for every tap.
+template <class Visit>
+void for_each_tap(const std::vector<TapPair>& pairs, Visit visit) {
+  int64_t tap = 0;
+  for (size_t p = 0; p < pairs.size(); ++p) {
+    visit(static_cast<int64_t>(p), 0, tap++);
+    if (pairs[p].offset[1] != pairs[p].offset[0]) visit(static_cast<int64_t>(p), 1, tap++);
+  }
+}
+
+// Distinct offsets for distinct taps, whatever the image.
+std::vector<TapPair> distinct_tap_pairs(const ConvShape& s) {
+  return conv_tap_pairs(s, s.in_channels * s.dilation_w * s.kernel_w);
+}
+
+void pack_depthwise(const ConvShape& s, const uint8_t* codes, const float* scale, const float* zero, uint8_t* base,
+                    ConvHeader* header) {
+  const std::vector<TapPair> pairs = distinct_tap_pairs(s);
+  const DepthwiseParts at = depthwise_parts(s, static_cast<int64_t>(pairs.size()));
+  const int64_t lanes = depthwise_lanes(s.out_channels), groups = conv_summed_groups(s), k = s.k();
+  auto* weight = reinterpret_cast<int16_t*>(base + at.weight);
+  auto* scale_out = reinterpret_cast<float*>(base + at.scale);
+  auto* zero_scale = reinterpret_cast<float*>(base + at.zero_scale);
+  header->integer_zeros = all_code_zeros(zero, s.out_channels * groups) ? 1 : 0;
+  for (int64_t c = 0; c < s.out_channels; ++c) {
+    for_each_tap(pairs, [&](int64_t p, int which, int64_t tap) {
+      const int zero_point = header->integer_zeros ? static_cast<int>(zero[c * groups + pairs[p].group]) : 0;
+      weight[(p * lanes + c) * 2 + which] = static_cast<int16_t>(codes[c * k + tap] - zero_point);
+    });
+    for (int64_t g = 0; g < groups; ++g) {
+      scale_out[g * lanes + c] = scale[c * groups + g];
+      zero_scale[g * lanes + c] = scale[c * groups + g] * zero[c * groups + g];
+    }
+  }
+  std::memcpy(base + at.zero, zero, static_cast<size_t>(s.out_channels * groups) * sizeof(float));
+}
+
+void unpack_depthwise(const ConvLayout& layout, uint8_t* codes, float* scale, float* zero) {
+  const ConvShape& s = layout.shape;
+  const std::vector<TapPair> pairs = distinct_tap_pairs(s);
+  const int64_t lanes = depthwise_lanes(s.out_channels), groups = conv_summed_groups(s), k = s.k();
+  std::memcpy(zero, layout.zero, static_cast<size_t>(s.out_channels * groups) * sizeof(float));
+  for (int64_t c = 0; c < s.out_channels; ++c) {
+    for_each_tap(pairs, [&](int64_t p, int which, int64_t tap) {
+      const int zero_point = layout.zero_scale == nullptr ? static_cast<int>(zero[c * groups + pairs[p].group]) : 0;
+      codes[c * k + tap] = static_cast<uint8_t>(layout.weight[(p * lanes + c) * 2 + which] + zero_point);
+    });
+    for (int64_t g = 0; g < groups; ++g) scale[c * groups + g] = layout.scale[g * lanes + c];
+  }
+}
+
+// A group longer than kMaxGroupK is summed in parts that carry the same scale.
+std::vector<float> repeat_per_part(const float* per_channel, int64_t channels, int64_t parts) {
+  std::vector<float> wide;
+  for (int64_t c = 0; c < channels; ++c) wide.insert(wide.end(), static_cast<size_t>(parts), per_channel[c]);
+  return wide;
+}
+
+bool splits_groups(const ConvShape& s) { return s.group_size > kMaxGroupK && s.k() > kMaxGroupK; }
+
+}  // namespace
+
+std::vector<KPiece> conv_pieces(const ConvShape& s, int64_t row_bytes) {
+  const int64_t depth = s.in_channels / s.groups, group = conv_summed_group(s);
+  const bool whole_rows = s.dilation_w == 1 && s.groups == 1;
+  const int64_t runs = whole_rows ? 1 : s.kernel_w, run_size = whole_rows ? s.kernel_w * depth : depth;
+  std::vector<KPiece> pieces;
+  int64_t k = 0;
+  for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+    for (int64_t run = 0; run < runs; ++run) {
+      int64_t offset = ky * s.dilation_h * row_bytes + run * s.dilation_w * s.in_channels;
+      for (const int64_t end = k + run_size; k < end;) {
+        const int64_t size = std::min(end, (k / group + 1) * group) - k;
+        pieces.push_back({k, size, offset, k / group});
+        k += size;
+        offset += size;
+      }
+    }
+  }
+  return pieces;
+}
+
+std::vector<TapPair> conv_tap_pairs(const ConvShape& s, int64_t row_bytes) {
+  const int64_t group = conv_summed_group(s), taps = s.kernel_h * s.kernel_w;
+  const auto offset = [&](int64_t tap) {
+    return tap / s.kernel_w * s.dilation_h * row_bytes + tap % s.kernel_w * s.dilation_w * s.in_channels;
+  };
+  std::vector<TapPair> pairs;
+  for (int64_t tap = 0; tap < taps;) {
+    const bool two = tap + 1 < taps && (tap + 1) / group == tap / group;
+    pairs.push_back({{offset(tap), offset(two ? tap + 1 : tap)}, tap / group});
+    tap += two ? 2 : 1;
+  }
+  return pairs;
+}
+
+int64_t conv_layout_bytes(const ConvShape& shape, Isa isa) try {
+  return valid(shape) && has_variant(shape, isa) ? layout_bytes_of(shape, isa) : -1;
+} catch (const std::bad_alloc&) {
+  return -1;
+}
+
+Isa conv_select(const ConvShape& shape, Isa ceiling) {
+  return shape.depthwise() ? depthwise_pick(ceiling)->isa : linear_select(ceiling);
+}
+
+Status conv_pack(const ConvShape& s, Isa isa, const uint8_t* codes, const float* scale, const float* zero, void* layout,
+                 int64_t layout_bytes) try {
+  if (!valid(s) || layout == nullptr) return Status::invalid_argument;
+  if (!has_variant(s, isa)) return Status::unsupported;
+  const int64_t bytes = layout_bytes_of(s, isa);
+  if (layout_bytes < bytes) return Status::invalid_argument;
+  auto* base = static_cast<uint8_t*>(layout);
+  std::memset(base, 0, static_cast<size_t>(bytes));
+  ConvHeader header = {};
+  header.magic = kMagic;
+  header.isa = static_cast<int64_t>(isa);
+  header.bytes = bytes;
+  header.shape = s;
+
+  const int64_t groups = conv_summed_groups(s);
+  std::vector<float> wide_scale, wide_zero;
+  if (splits_groups(s)) {
+    wide_scale = repeat_per_part(scale, s.out_channels, groups);
+    wide_zero = repeat_per_part(zero, s.out_channels, groups);
+    scale = wide_scale.data();
+    zero = wide_zero.data();
+  }
+  if (s.depthwise()) {
+    pack_depthwise(s, codes, scale, zero, base, &header);
+  } else {
+    const std::vector<KPiece> pieces = conv_pieces(s, 0);
+    const int64_t n = s.out_channels / s.groups, k = s.k(), view_bytes = view_bytes_of(s, isa);
+    for (int64_t g = 0; g < s.groups; ++g) {
+      packed_view_write(*linear_kernel(isa), static_cast<int>(s.bits), n, groups, pieces.data(),
+                        static_cast<int64_t>(pieces.size()), codes + g * n * k, k, scale + g * n * groups,
+                        zero + g * n * groups, base + kHeaderBytes + g * view_bytes);
+    }
+  }
+  std::memcpy(base, &header, sizeof header);
+  return Status::ok;
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
+  ConvHeader header;
+  if (layout == nullptr || bytes < kHeaderBytes) return Status::wrong_layout;
+  std::memcpy(&header, layout, sizeof header);
+  if (header.magic != kMagic || !valid(header.shape) || header.bytes > bytes) return Status::wrong_layout;
+  const ConvShape& s = header.shape;
+  out->shape = s;
+  out->isa = static_cast<Isa>(header.isa);
+  if (isa_missing(out->isa) != nullptr || !has_variant(s, out->isa)) return Status::wrong_layout;
+  const auto* base = static_cast<const uint8_t*>(layout);
+  if (!s.depthwise()) {
+    out->views = base + kHeaderBytes;
+    out->view_bytes = (header.bytes - kHeaderBytes) / s.groups;
+    return Status::ok;
+  }
+  const DepthwiseParts at = depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size()));
+  if (at.end != header.bytes) return Status::wrong_layout;
+  out->weight = reinterpret_cast<const int16_t*>(base + at.weight);
+  out->scale = reinterpret_cast<const float*>(base + at.scale);
+  out->zero_scale = header.integer_zeros ? nullptr : reinterpret_cast<const float*>(base + at.zero_scale);
+  out->zero = reinterpret_cast<const float*>(base + at.zero);
+  return Status::ok;
+}
+
+Status conv_describe(const void* layout, int64_t layout_bytes, ConvShape* shape, Isa* isa) try {
+  ConvLayout read;
+  const Status status = conv_layout_read(layout, layout_bytes, &read);
+  if (status != Status::ok) return status;
+  *shape = read.shape;
+  *isa = read.isa;
+  return Status::ok;
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+Status conv_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, float* scale, float* zero) try {
+  ConvLayout read;
+  const Status status = conv_layout_read(layout, layout_bytes, &read);
+  if (status != Status::ok) return status;
+  const ConvShape& s = read.shape;
+  const int64_t n = s.out_channels / s.groups, k = s.k(), groups = conv_summed_groups(s);
+  std::vector<float> wide_scale, wide_zero;
+  float *scale_out = scale, *zero_out = zero;
+  if (splits_groups(s)) {
+    wide_scale.resize(static_cast<size_t>(s.out_channels * groups));
+    wide_zero.resize(wide_scale.size());
+    scale_out = wide_scale.data();
+    zero_out = wide_zero.data();
+  }
+  if (s.depthwise()) {
+    unpack_depthwise(read, codes, scale_out, zero_out);
+  } else {
+    for (int64_t g = 0; g < s.groups; ++g) {
+      PackedView view;
+      const Status viewed =
+          packed_view_read(*linear_kernel(read.isa), read.views + g * read.view_bytes, read.view_bytes, &view);
+      if (viewed != Status::ok) return viewed;
+      packed_view_unpack(view, k, codes + g * n * k, scale_out + g * n * groups, zero_out + g * n * groups);
+    }
+  }
+  for (int64_t c = 0; splits_groups(s) && c < s.out_channels; ++c) {
+    scale[c] = wide_scale[static_cast<size_t>(c * groups)];
+    zero[c] = wide_zero[static_cast<size_t>(c * groups)];
+  }
+  return Status::ok;
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+}  // namespace bantamweight
