@@ -44,8 +44,8 @@ Place place_of(int bits, int64_t lane) {
 
 float lane_factor(int bits, int64_t lane) { return static_cast<float>(1 << place_of(bits, lane).shift); }
 
-void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t ldk,
-                int64_t valid_n, uint8_t* block) {
+void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t ldk, int64_t valid_n,
+                uint8_t* block) {
   const int64_t step = quad_bytes(bits), bytes = block_bytes(bits, pieces, piece_count);
   for (int64_t i = 0; i < bytes; ++i) block[i] = 0;
   for (int64_t p = 0; p < piece_count; block += quads_of(pieces[p]) * step, ++p) {
