@@ -15,12 +15,15 @@ _HOME = {
     "QuantizedWeight": "weights",
     "errors": "errors",
     "nn": "nn",
+    "pack": "nn",
+    "pack_": "nn",
 }
 
-__all__ = ["QuantizedWeight", "errors", "nn"]
+__all__ = ["QuantizedWeight", "errors", "nn", "pack", "pack_"]
 
 if TYPE_CHECKING:
     from . import errors, nn
+    from .nn import pack, pack_
     from .weights import QuantizedWeight
 
 

@@ -103,7 +103,7 @@ class QuantizedWeight:
                 "reshape a convolution with weights.conv_matrix and convert with .to(torch.uint8)"
             )
         n, k = codes.shape
-        if group_size is None:
+        if group_size is None or (isinstance(group_size, int) and group_size > k):
             group_size = max(k, 1)
         if levels is None:
             greatest = int(codes.max()) if codes.numel() > 0 else 0
@@ -209,6 +209,6 @@ def _per_group(value: Tensor | float, n: int, groups: int, device: torch.device)
 
 
 def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return f"a {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

@@ -1,5 +1,20 @@
-"""Quantized layers, simulated and packed."""
+"""Quantized layers, simulated and packed, and the ways between them."""
 
-from .simulated import SimulatedConv2d, SimulatedLinear
+from .layer import QuantizedLayer
+from .packed import PackedLayer, PackedLinear
+from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
+from .swap import PackedRecord, PackingReport, pack, pack_, unpack
 
-__all__ = ["SimulatedConv2d", "SimulatedLinear"]
+__all__ = [
+    "PackedLayer",
+    "PackedLinear",
+    "PackedRecord",
+    "PackingReport",
+    "QuantizedLayer",
+    "SimulatedConv2d",
+    "SimulatedLayer",
+    "SimulatedLinear",
+    "pack",
+    "pack_",
+    "unpack",
+]

@@ -1,0 +1,162 @@
+"""The packed form: codes in the layout of one kernel of this machine, run by integer arithmetic.
+
+A packed layer is for inference. It keeps its weight only in the kernel's layout; its state dict and
+the file it is saved to hold the canonical form, so both move between machines.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, empty, float32
+from torch.compiler import is_compiling
+
+from .._C import linear_forward
+from ..errors import BantamweightError
+from ..ops.lowbit_linear import ALIGNMENT, check_input, check_status, describe_linear, pack_linear, unpack_linear
+from ..weights import QuantizedWeight
+from .layer import QuantizedLayer, check_bias
+
+
+class PackedLayer(QuantizedLayer):
+    """A kernel's layout and a bias, and their addresses as plain ints: a call must cost little more than the kernel."""
+
+    form = "packed"
+    layout: Tensor
+    kernel: str
+    levels: int
+    scheme: str
+    _addresses: tuple[int, int, int]  # of the layout, its bytes, of the bias (0 for none)
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        check_bias(bias, quantized.out_features)
+        self.register_buffer("layout", None, persistent=False)  # the state dict is QuantizedLayer's work
+        self.register_buffer("bias", None if bias is None else bias.detach().to("cpu", torch.float32, copy=True))
+        self._hold(quantized)
+
+    def _hold(self, quantized: QuantizedWeight) -> None:
+        self.levels, self.scheme = quantized.levels, quantized.scheme
+        self.layout = self.pack(quantized)
+
+    def pack(self, quantized: QuantizedWeight) -> Tensor:
+        """The weight in the layout of the kernel that will run it; sets `kernel`."""
+        raise NotImplementedError
+
+    def set_quantized(self, weight: QuantizedWeight) -> None:
+        mine = self.quantized
+        self.check_same_shape(weight, mine.out_features, mine.in_features)
+        self._hold(weight)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("layout", "bias"):
+            self._take_addresses()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # a deep copy has buffers of its own
+        self._take_addresses()
+
+    def _take_addresses(self) -> None:
+        """Addresses for the eager path. The tensors are kept beside them, so no address outlives its memory."""
+        layout, bias = self._buffers.get("layout"), self._buffers.get("bias")
+        if layout is None:
+            return
+        if layout.data_ptr() % ALIGNMENT:
+            self._buffers["layout"] = layout = layout.clone()
+        bias_address = 0 if bias is None else bias.data_ptr()
+        self.__dict__["_kept"] = (layout, bias)
+        self.__dict__["_addresses"] = (layout.data_ptr(), layout.numel(), bias_address)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        device = fn(torch.empty(0)).device
+        if device.type != "cpu":
+            raise BantamweightError(
+                f"{self.name_of_layer} is packed for the CPU and cannot move to {device}; move the float or the "
+                "simulated model (nn.unpack)"
+            )
+        bias = self._buffers["bias"]
+        super()._apply(fn, recurse)
+        # .half() and .double() are for inputs and outputs, which the layer converts; the bias stays float32.
+        if bias is not None and self._buffers["bias"].dtype != torch.float32:  # type: ignore[union-attr]
+            self._buffers["bias"] = bias
+        self._take_addresses()
+        return self
+
+    def refuse_gradient(self) -> None:
+        raise BantamweightError(
+            f"{self.name_of_layer} is for inference, but the input requires a gradient; call it under torch.no_grad() "
+            "or train the simulated form (nn.unpack)"
+        )
+
+    def describe(self) -> str:
+        return f"bias={self.bias is not None}, packed {self.scheme} {self.kernel}"
+
+
+class PackedLinear(PackedLayer):
+    """`nn.Linear` on a low-bit kernel; inputs are rounded to int8 row by row.
+
+    Example:
+        >>> import torch
+        >>> from bantamweight import QuantizedWeight
+        >>> w = QuantizedWeight.from_codes(torch.randint(0, 16, (8, 32), dtype=torch.uint8), 0.1, 8.0, levels=16)
+        >>> PackedLinear.from_quantized(w)(torch.randn(4, 32)).shape
+        torch.Size([4, 8])
+    """
+
+    out_features: int
+    in_features: int
+
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
+        self.__dict__["out_features"], self.__dict__["in_features"] = quantized.out_features, quantized.in_features
+        super().__init__(quantized, bias)
+
+    @classmethod
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> Self:
+        """Packs the weight for the best kernel of this machine (or the one BANTAMWEIGHT_FORCE_KERNEL allows).
+
+        Raises:
+            KernelError: no kernel takes the weight.
+            BantamweightError: the bias is not one finite float a channel.
+        """
+        return cls(weight, bias)
+
+    def pack(self, quantized: QuantizedWeight) -> Tensor:
+        layout = pack_linear(quantized)
+        self.kernel = describe_linear(layout).kernel
+        return layout
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        return unpack_linear(self.layout, self.levels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] in the dtype of x [..., in]: float32, bfloat16 or float16 on the CPU.
+
+        Raises:
+            BantamweightError: x is not such a tensor, requires a gradient, or holds NaN or infinity.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            self.refuse_gradient()
+        if is_compiling() or type(x) is not Tensor:
+            return torch.ops.bantamweight.lowbit_linear(x, self.layout, self.bias, self.out_features)
+        # From here to the kernel every line is counted in tens of nanoseconds.
+        n, k, shape = self.out_features, self.in_features, x.shape
+        if len(shape) != 2 or shape[1] != k or x.dtype is not float32 or not x.is_contiguous() or not x.is_cpu:
+            return self._forward_general(x)
+        y = empty(shape[0], n)
+        if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
+            y = torch.empty(shape[0], n, dtype=float32, device="cpu")
+        layout, layout_bytes, bias = self._addresses
+        status = linear_forward(layout, layout_bytes, x.data_ptr(), k, shape[0], bias, y.data_ptr(), n)
+        if status:
+            check_status(status, self.name_of_layer)
+        return y
+
+    def _forward_general(self, x: Tensor) -> Tensor:
+        """Any number of leading dimensions, any strides, and 16-bit floats."""
+        rows = check_input(x.detach(), self.in_features, self.name_of_layer)
+        y = self.forward(rows.view(x.shape[:-1].numel(), self.in_features))
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"

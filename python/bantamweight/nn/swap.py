@@ -1,0 +1,139 @@
+"""Between the forms of a model's layers: simulated to packed, and back."""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from ..errors import BantamweightError
+from .layer import QuantizedLayer
+from .packed import PackedLayer, PackedLinear
+from .simulated import SimulatedLayer, SimulatedLinear
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRecord:
+    """What became of one quantized layer: `kernel` is None, and `reason` says why, where it stayed simulated."""
+
+    name: str
+    scheme: str
+    kernel: str | None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.scheme} {self.kernel or f'simulated, {self.reason}'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingReport:
+    """One record a quantized layer; `model.packing` after `pack`."""
+
+    layers: tuple[PackedRecord, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(record) for record in self.layers)
+
+
+def pack(model: M) -> M:
+    """A copy of the model whose simulated layers run on kernels; see `pack_`."""
+    return pack_(copy.deepcopy(model))
+
+
+def pack_(model: M) -> M:
+    """Turns every simulated layer into its packed form, in place; returns the model (a lone layer's new form).
+
+    A layer that no kernel takes stays simulated; ``model.packing`` (a PackingReport) says which and why.
+
+    Raises:
+        BantamweightError: the model holds no quantized layer.
+
+    Example:
+        >>> import torch
+        >>> from bantamweight import QuantizedWeight, nn, pack
+        >>> w = QuantizedWeight.from_codes(torch.randint(0, 3, (8, 32), dtype=torch.uint8), 0.1, 1.0, levels=3)
+        >>> packed = pack(torch.nn.Sequential(nn.SimulatedLinear(w)))
+        >>> [(record.name, record.scheme) for record in packed.packing.layers]
+        [('0', 'ternary')]
+    """
+    if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise BantamweightError(f"{type(model).__name__} has no quantized layer to pack; call quantize first")
+    records: list[PackedRecord] = []
+    reads_weight = _layers_whose_weight_is_read(model)
+
+    def packed_form(name: str, layer: QuantizedLayer) -> nn.Module:
+        form, reason = layer, None
+        if id(layer) in reads_weight:
+            reason = "the module above it reads its float weight"
+        elif isinstance(layer, SimulatedLayer):
+            try:
+                form = _packed(layer)
+            except BantamweightError as error:
+                reason = str(error)
+        if reason is not None:
+            log.info("%s stays simulated: %s", name or type(layer).__name__, reason)
+        kernel = form.kernel if isinstance(form, PackedLayer) else None
+        records.append(PackedRecord(name=name, scheme=layer.quantized.scheme, kernel=kernel, reason=reason))
+        return form
+
+    model = _replace(model, packed_form)
+    _leave_fast_paths(model)
+    setattr(model, "packing", PackingReport(layers=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
+    return model
+
+
+def unpack(model: M) -> M:
+    """A copy of the model with every packed layer in its simulated form (float inputs), the inverse of `pack`."""
+
+    def simulated_form(name: str, layer: QuantizedLayer) -> nn.Module:
+        return _simulated(layer) if isinstance(layer, PackedLayer) else layer
+
+    model = _replace(copy.deepcopy(model), simulated_form)
+    if hasattr(model, "packing"):
+        del model.packing
+    return model
+
+
+def _packed(layer: SimulatedLayer) -> PackedLayer:
+    if not isinstance(layer, SimulatedLinear):
+        raise BantamweightError(f"there is no packed form of {type(layer).__name__}")
+    return PackedLinear.from_quantized(layer.quantized, layer.bias)
+
+
+def _simulated(layer: PackedLayer) -> SimulatedLayer:
+    return SimulatedLinear(layer.quantized, layer.bias)
+
+
+def _replace(model: M, form_of: Callable[[str, QuantizedLayer], nn.Module]) -> M:
+    """Puts form_of(name, layer) in the place of every quantized layer; a layer used twice is asked for once."""
+    forms: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, QuantizedLayer):
+            continue
+        if id(module) not in forms:
+            forms[id(module)] = form_of(name, module).train(module.training)
+        if not name:
+            return forms[id(module)]  # type: ignore[return-value]  # the model is the layer
+        parent_name, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), own_name, forms[id(module)])
+    return model
+
+
+def _layers_whose_weight_is_read(model: nn.Module) -> set[int]:
+    # nn.MultiheadAttention hands out_proj.weight to a function of torch's and never calls the layer.
+    return {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Keeps torch's transformer layers off the fused paths that read linear1.weight instead of calling linear1."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantizedLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
