@@ -1,0 +1,180 @@
+// Every variant of the activation rounding that this CPU runs, byte for byte against the reference.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "quantize_activations/quantize_activations.h"
+
+using namespace bantamweight;
+
+namespace {
+
+struct Rounded {
+  Status status = Status::ok;
+  std::vector<int8_t> q;
+  std::vector<float> scale;
+  std::vector<int32_t> sums;
+};
+
+struct Input {
+  const float* x;
+  int64_t ldx, m, k, group_size;
+};
+
+template <class Run>
+Rounded round_rows(const Input& in, const Run& run) {
+  const int64_t groups = in.k == 0 ? 0 : (in.k + in.group_size - 1) / in.group_size;
+  Rounded out;
+  out.q.assign(static_cast<size_t>(in.m * padded_row_bytes(in.k)), 99);
+  out.scale.assign(static_cast<size_t>(in.m), -1.0f);
+  out.sums.assign(static_cast<size_t>(in.m * groups), -999);
+  QuantizeRowsArgs args;
+  args.x = in.x;
+  args.ldx = in.ldx;
+  args.m = in.m;
+  args.k = in.k;
+  args.group_size = in.group_size;
+  args.q = out.q.data();
+  args.scale = out.scale.data();
+  args.sums = out.sums.data();
+  out.status = run(args);
+  return out;
+}
+
+bool same(const Rounded& a, const Rounded& b) {
+  return a.status == b.status && a.q == b.q && a.sums == b.sums &&
+         (a.scale.empty() || std::memcmp(a.scale.data(), b.scale.data(), a.scale.size() * sizeof(float)) == 0);
+}
+
+// Against the formula of quantize_activations.h, for the reference itself.
+void check_formula(const Input& in, const Rounded& out) {
+  const int64_t groups = in.k == 0 ? 0 : (in.k + in.group_size - 1) / in.group_size;
+  for (int64_t r = 0; r < in.m; ++r) {
+    float max = 0.0f;
+    for (int64_t k = 0; k < in.k; ++k) max = std::fmax(max, std::fabs(in.x[r * in.ldx + k]));
+    const bool zero = !std::isfinite(127.0f / max);
+    CHECK(out.scale[static_cast<size_t>(r)] == (zero ? 0.0f : max / 127.0f));
+    std::vector<int32_t> sums(static_cast<size_t>(groups));
+    int reached = 0;
+    for (int64_t k = 0; k < padded_row_bytes(in.k); ++k) {
+      const int q = out.q[static_cast<size_t>(r * padded_row_bytes(in.k) + k)];
+      const double exact = k < in.k && !zero ? 127.0 * in.x[r * in.ldx + k] / max : 0.0;
+      CHECK_NOTE(std::fabs(q - exact) <= 0.5001, "%d for %g", q, exact);
+      reached = std::max(reached, std::abs(q));
+      if (k < in.k) sums[static_cast<size_t>(k / in.group_size)] += q;
+    }
+    CHECK(reached == (zero || in.k == 0 ? 0 : 127));
+    CHECK(groups == 0 || std::memcmp(sums.data(), out.sums.data() + r * groups, sums.size() * sizeof(int32_t)) == 0);
+  }
+}
+
+void over_awkward_shapes(const QuantizeRowsKernel& kernel) {
+  check::Random random(7);
+  const int64_t ks[] = {0, 1, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 255, 300, 1000};
+  for (int64_t k : ks) {
+    for (int64_t group_size :
+         {int64_t{1}, int64_t{3}, int64_t{16}, int64_t{32}, int64_t{50}, int64_t{64}, int64_t{128}, k}) {
+      if (group_size == 0) continue;
+      for (int64_t m : {0, 1, 3}) {
+        const int64_t ldx = k + random.below(4);
+        std::vector<float> storage(static_cast<size_t>(m * ldx + 1));
+        // Sizes from subnormal to huge, one kind a row; every third value falls half way between two codes.
+        const float sizes[] = {1.0f, 1e-42f, 3e-38f, 1e30f, 0.0f, 1e-3f};
+        for (int64_t r = 0; r < m; ++r) {
+          const float size = sizes[random.below(6)];
+          for (int64_t i = 0; i < k; ++i) {
+            const bool half = random.below(3) == 0;
+            storage[static_cast<size_t>(1 + r * ldx + i)] =
+                size * (half ? (static_cast<float>(random.below(253)) - 126.5f) / 128.0f : random.uniform());
+          }
+          if (k > 0)
+            storage[static_cast<size_t>(1 + r * ldx + random.below(static_cast<int>(k)))] = -127.0f / 128.0f * size;
+        }
+        const Input in = {storage.data() + 1, ldx, m, k, group_size};
+        const Rounded expected = round_rows(in, quantize_rows_reference()->run);
+        const Rounded direct = round_rows(in, kernel.run);
+        const Rounded dispatched =
+            round_rows(in, [&](const QuantizeRowsArgs& a) { return quantize_rows(a, kernel.isa); });
+        CHECK(expected.status == Status::ok);
+        CHECK_NOTE(same(direct, expected) && same(dispatched, expected), "%s: m=%d k=%d group_size=%d",
+                   isa_name(kernel.isa), static_cast<int>(m), static_cast<int>(k), static_cast<int>(group_size));
+        if (kernel.isa == Isa::reference && m > 0) check_formula(in, expected);
+      }
+    }
+  }
+}
+
+// Enough rows that they are shared out over the threads.
+void over_many_rows(const QuantizeRowsKernel& kernel) {
+  check::Random random(8);
+  std::vector<float> x(300 * 513);
+  for (float& v : x) v = random.uniform();
+  const Input in = {x.data(), 513, 300, 512, 128};
+  const auto dispatch = [&](const QuantizeRowsArgs& a) { return quantize_rows(a, kernel.isa); };
+  CHECK(same(round_rows(in, dispatch), round_rows(in, quantize_rows_reference()->run)));
+  x[299 * 513 + 511] = std::numeric_limits<float>::infinity();
+  CHECK(round_rows(in, dispatch).status == Status::not_finite);
+}
+
+void not_finite_anywhere(const QuantizeRowsKernel& kernel) {
+  std::vector<float> x(2 * 101, 1.0f);
+  const Input in = {x.data(), 101, 2, 101, 101};
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(),
+                    std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
+    for (size_t at = 0; at < x.size(); ++at) {
+      x[at] = bad;
+      CHECK_NOTE(round_rows(in, kernel.run).status == Status::not_finite, "%s: %g at %d", isa_name(kernel.isa),
+                 static_cast<double>(bad), static_cast<int>(at));
+      x[at] = 1.0f;
+    }
+  }
+  // The largest float is finite.
+  x[50] = std::numeric_limits<float>::max();
+  CHECK(same(round_rows(in, kernel.run), round_rows(in, quantize_rows_reference()->run)));
+  // What lies between the rows is not the kernel's.
+  const Input apart = {x.data(), 101, 2, 60, 60};
+  x[60] = std::numeric_limits<float>::quiet_NaN();
+  CHECK(round_rows(apart, kernel.run).status == Status::ok);
+}
+
+void bad_arguments() {
+  float x[4] = {};
+  const auto dispatch = [](const QuantizeRowsArgs& a) { return quantize_rows(a, Isa::reference); };
+  CHECK(round_rows({x, 3, 1, 4, 4}, dispatch).status == Status::invalid_argument);
+  QuantizeRowsArgs args = {x, 4, 1, 4, 0, nullptr, nullptr, nullptr};
+  CHECK(quantize_rows(args, Isa::reference) == Status::invalid_argument);
+  args.group_size = 4;
+  args.m = -1;
+  CHECK(quantize_rows(args, Isa::reference) == Status::invalid_argument);
+}
+
+}  // namespace
+
+int main() {
+  const QuantizeRowsKernel* kernels[] = {quantize_rows_avx512(), quantize_rows_avx2(), quantize_rows_neon(),
+                                         quantize_rows_reference()};
+  std::size_t listed = 0, compiled = 0;
+  const Isa* isas = quantize_rows_variants(&listed);
+  for (const QuantizeRowsKernel* kernel : kernels) {
+    if (kernel == nullptr) continue;
+    CHECK(compiled < listed && isas[compiled] == kernel->isa);
+    ++compiled;
+    if (const char* missing = isa_missing(kernel->isa)) {
+      std::printf("  %-12s not run: %s\n", isa_name(kernel->isa), missing);
+      continue;
+    }
+    const int failed = check::failed;
+    over_awkward_shapes(*kernel);
+    over_many_rows(*kernel);
+    not_finite_anywhere(*kernel);
+    std::printf("  %-12s %s\n", isa_name(kernel->isa),
+                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
+  }
+  CHECK(compiled == listed);
+  bad_arguments();
+  return check::report("test_quantize_rows");
+}
