@@ -1,4 +1,112 @@
 #include "lowbit_linear/lowbit_linear.h"
+
+#if defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8)
+
+#include "lowbit_linear/neon_tile.h"
+
+namespace bantamweight {
+namespace {
+
+struct MatMulInt8 {
+  static constexpr bool kSigned = false;
+
+  static int64_t k_align(int) { return 8; }
+
+  // A vector is 2 channels x 8 k of each of its nests; two vectors side by side are a quad.
+  static Place place(int bits, int64_t n, int64_t k) {
+    const int nests = nests_of(bits);
+    const int64_t quad = n / 4;
+    return {k / 8 * (8 / nests) + quad / nests * 2 + n % 4 / 2, static_cast<int>(n % 2 * 8 + k % 8),
+            static_cast<int>(quad % nests)};
+  }
+
+  // Nested sums of channels 4j + 2h, 4j + 2h + 1 in at[..][2j + h]: two rows share a register,
+  // {channel 0 row 0, channel 0 row 1, channel 1 row 0, channel 1 row 1}; one row alone has
+  // {channel 0 even half of k, channel 0 odd half, channel 1 even half, channel 1 odd half}.
+  template <int kBits, int kRows>
+  struct Sums {
+    static constexpr int kPairs = (kRows + 1) / 2;
+    int32x4_t at[kPairs][8];
+
+    BANTAMWEIGHT_INLINE Sums() {
+      for (int r = 0; r < kPairs; ++r) {
+        for (int i = 0; i < 8; ++i) at[r][i] = vdupq_n_s32(0);
+      }
+    }
+
+    BANTAMWEIGHT_INLINE void dot(int i, uint8x16_t weight, const int8x16_t (&a)[kPairs]) {
+      for (int r = 0; r < kPairs; ++r) {
+        at[r][i] = kRows == 1 ? vusdotq_s32(at[r][i], weight, a[r]) : vusmmlaq_s32(at[r][i], weight, a[r]);
+      }
+    }
+
+    // Vector `slot` of a step with two nests: quads 2 (slot / 2) and the next.
+    BANTAMWEIGHT_INLINE void two_nests(int slot, uint8x16_t low, uint8x16_t both, const int8x16_t (&a)[kPairs]) {
+      dot(slot / 2 * 4 + slot % 2, low, a);
+      dot(slot / 2 * 4 + slot % 2 + 2, both, a);
+    }
+
+    // Eight k of all 16 channels.
+    BANTAMWEIGHT_INLINE void eight_k(const uint8_t* weight, const int8x16_t (&a)[kPairs]) {
+      if constexpr (kBits == 2) {
+        for (int half = 0; half < 2; ++half) {
+          const uint8x16_t x = vld1q_u8(weight + half * kVector);
+          dot(half, vandq_u8(x, vdupq_n_u8(0x03)), a);
+          dot(half + 2, vandq_u8(x, vdupq_n_u8(0x0f)), a);
+          dot(half + 4, vandq_u8(x, vdupq_n_u8(0x3f)), a);
+          dot(half + 6, x, a);
+        }
+      } else if constexpr (kBits == 3) {
+        const uint8x16_t x0 = vld1q_u8(weight), x1 = vld1q_u8(weight + kVector), x2 = vld1q_u8(weight + 2 * kVector);
+        const uint8x16_t x3 = spare_bits(x0, x1, x2), low = vdupq_n_u8(0x07), both = vdupq_n_u8(0x3f);
+        two_nests(0, vandq_u8(x0, low), vandq_u8(x0, both), a);
+        two_nests(1, vandq_u8(x1, low), vandq_u8(x1, both), a);
+        two_nests(2, vandq_u8(x2, low), vandq_u8(x2, both), a);
+        two_nests(3, vandq_u8(x3, low), x3, a);
+      } else if constexpr (kBits == 4) {
+        for (int slot = 0; slot < 4; ++slot) {
+          const uint8x16_t x = vld1q_u8(weight + slot * kVector);
+          two_nests(slot, vandq_u8(x, vdupq_n_u8(0x0f)), x, a);
+        }
+      } else {
+        for (int i = 0; i < 8; ++i) dot(i, vld1q_u8(weight + i * kVector), a);
+      }
+    }
+
+    BANTAMWEIGHT_INLINE void add_piece(const uint8_t* weight, const int8_t* const (&rows)[kRows], int64_t k_size) {
+      for (int64_t k = 0; k < k_size; k += 8, weight += kBits * kBlockN) {
+        int8x16_t a[kPairs];  // the last one may read past the piece, where the codes are 0
+        for (int r = 0; r < kPairs; ++r) {
+          a[r] = vcombine_s8(vld1_s8(rows[2 * r] + k), vld1_s8(rows[kRows == 1 ? 0 : 2 * r + 1] + k));
+        }
+        eight_k(weight, a);
+      }
+    }
+
+    BANTAMWEIGHT_INLINE void of_row(int r, int32x4_t (&dots)[4]) const {
+      for (int j = 0; j < 4; ++j) {
+        const int32x4_t first = at[r / 2][2 * j], second = at[r / 2][2 * j + 1];
+        dots[j] = kRows == 1 ? vpaddq_s32(first, second) : r % 2 == 0 ? vuzp1q_s32(first, second) : vuzp2q_s32(first, second);
+      }
+    }
+  };
+};
+
+constexpr LinearKernel kernel = {Isa::neon_i8mm,          kBlockN,
+                                 block_bytes<MatMulInt8>, lane_factor,
+                                 pack_block<MatMulInt8>,  unpack_block<MatMulInt8>,
+                                 run<MatMulInt8>};
+
+}  // namespace
+
+const LinearKernel* linear_kernel_neon_i8mm() { return &kernel; }
+
+}  // namespace bantamweight
+
+#else
+
 namespace bantamweight {
 const LinearKernel* linear_kernel_neon_i8mm() { return nullptr; }
 }  // namespace bantamweight
+
+#endif
