@@ -1,0 +1,1 @@
+"""The command line: `arguments.py` declares every option, one file a subcommand does the work."""

@@ -1,0 +1,146 @@
+"""Every option of every subcommand. Imports nothing heavy: `--help` must be instant."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from ..errors import BantamweightError
+
+METHODS = ("gpfq", "nearest")
+BITS = ("ternary", "2", "3", "4", "8")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises bad usage as one sentence instead of printing the whole usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BantamweightError(f"{message}; `{self.prog} --help` lists what is allowed")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="bantamweight", description="Make trained PyTorch networks small and run them fast.")
+    parser.add_argument("--version", action="version", version=f"bantamweight {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compress | evaluate | info | bench")
+    _add_compress(commands)
+    _add_evaluate(commands)
+    _add_info(commands)
+    _add_bench(commands)
+    return parser.parse_args(argv)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("bantamweight")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add_compress(commands) -> None:
+    parser = commands.add_parser(
+        "compress",
+        help="quantize a trained network, pack it, run it and report",
+        description="Quantize a trained network, pack it for the low-bit kernels, run it and write a report. Without "
+        "--model it does all that to an embedded example: scikit-learn's digits and a small residual network.",
+    )
+    own = parser.add_argument_group("your network (give all four, or none for the embedded example)")
+    own.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns an nn.Module")
+    own.add_argument("--weights", type=Path, metavar="FILE", help="its trained state dict, a safetensors file")
+    own.add_argument("--calibration", type=Path, metavar="FILE", help="npz with inputs x [n, ...]")
+    own.add_argument("--test", type=Path, metavar="FILE", help="npz with inputs x [n, ...] and labels y [n]")
+    _add_preprocessing(own)
+    how = parser.add_argument_group("how")
+    how.add_argument("--method", choices=METHODS, default="gpfq", help="gpfq (default), or nearest rounding")
+    how.add_argument("--bits", choices=BITS, default="4", help="bits a weight (default 4); the example runs 4, 3, 2 "
+                     "and ternary")  # fmt: skip
+    steps = how.add_mutually_exclusive_group()
+    steps.add_argument("--group-size", type=_positive, metavar="K", help="one step for every K inputs of a neuron")
+    steps.add_argument("--per-channel", action="store_true", help="one step for every output channel (the default)")
+    how.add_argument("--ignore", action="append", default=[], metavar="LAYER",
+                     help="keep this layer in float (a name or a regular expression; may be repeated)")  # fmt: skip
+    how.add_argument("--max-drop", type=_fraction, metavar="D", help="give the worst layers 8 bits until accuracy "
+                     "drops by at most D (0.01 is one point)")  # fmt: skip
+    how.add_argument("--strict", action="store_true", help="refuse a network with layers that would stay in float")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", type=Path, default=Path("out"), help="folder for model.safetensors, report.json and "
+                     "report.html (default out)")  # fmt: skip
+    out.add_argument("--resume", action="store_true", help="go on where an interrupted run into --out stopped")
+    _add_machine(parser)
+
+
+def _add_evaluate(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="run a packed network: accuracy, latency, size",
+        description="Load a packed file alone, run it on test data and print accuracy, latency and size. The Python "
+        "file with the model's code is found through the packed file unless --model names it: it is imported, so "
+        "evaluate only what you trust.",
+    )
+    parser.add_argument("packed", type=Path, help="the folder that compress wrote, or a packed safetensors file")
+    parser.add_argument("--test", type=Path, metavar="FILE", help="npz with x and y (the embedded example has its own)")
+    parser.add_argument("--model", metavar="FILE.py:FUNCTION", help="the model's code, if it has moved")
+    _add_preprocessing(parser)
+    parser.add_argument("--batch-size", type=_positive, default=64, help="images a batch when timing (default 64)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    _add_machine(parser)
+
+
+def _add_info(commands) -> None:
+    parser = commands.add_parser(
+        "info", help="versions, CPU features and the kernels that would run",
+        description="Versions, CPU features, the kernel picked for each operation and why the others are off.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    _add_debug(parser)
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser("bench", help="time the kernels", description="Time the kernels on this machine.")
+    parser.add_argument("operation", choices=["linear"], help="linear: packed weights times int8 activations")
+    parser.add_argument("--peers", action="store_true", help="also time the peers that are installed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    _add_machine(parser)
+
+
+def _add_preprocessing(parser) -> None:
+    parser.add_argument("--mean", type=_numbers, metavar="M[,M...]", help="for uint8 x: (x / 255 - mean) / std")
+    parser.add_argument("--std", type=_numbers, metavar="S[,S...]", help="one number, or one a channel")
+
+
+def _add_machine(parser) -> None:
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    _add_debug(parser)
+
+
+def _add_debug(parser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 1.0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number from 0 to 1, such as 0.01 for one point of accuracy"
+        )
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not numbers with commas between, such as 0.49,0.48,0.45"
+        ) from None
