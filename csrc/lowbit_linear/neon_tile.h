@@ -164,9 +164,10 @@ BANTAMWEIGHT_INLINE void add_group(const TileTask& task, int64_t group, int32_t 
   }
 }
 
-// kRows rows from `first` on against the block.
+// kRows rows from `first` on against the block. Not inlined: on its own its accumulators stay in
+// registers, which they did not inside run(). Six rows spill on either variant.
 template <class Variant, int kBits, int kRows>
-void tile(const TileTask& task, int64_t first, const float (&bias)[kBlockN]) {
+__attribute__((noinline)) void tile(const TileTask& task, int64_t first, const float (&bias)[kBlockN]) {
   const uint8_t* weight = task.weight;
   float32x4_t sum[kRows][4];
   for (int r = 0; r < kRows; ++r) {
