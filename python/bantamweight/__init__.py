@@ -14,15 +14,20 @@ __version__ = "0.1.0"
 _HOME = {
     "QuantizedWeight": "weights",
     "errors": "errors",
+    "io": "io",
+    "load": "io",
     "nn": "nn",
     "pack": "nn",
     "pack_": "nn",
+    "read_header": "io",
+    "save": "io",
 }
 
-__all__ = ["QuantizedWeight", "errors", "nn", "pack", "pack_"]
+__all__ = ["QuantizedWeight", "errors", "io", "load", "nn", "pack", "pack_", "read_header", "save"]
 
 if TYPE_CHECKING:
-    from . import errors, nn
+    from . import errors, io, nn
+    from .io import load, read_header, save
     from .nn import pack, pack_
     from .weights import QuantizedWeight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,6 +184,67 @@ class QuantizedWeight:
         return f"QuantizedWeight({self.scheme}, {self.out_features}x{self.in_features})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvGeometry:
+    """A convolution's arguments, as nn.Conv2d names them."""
+
+    in_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)  # or "same"
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: Any) -> ConvGeometry:
+        """Reads the arguments off an nn.Conv2d, or off a quantized one."""
+        padding = conv.padding
+        return cls(
+            in_channels=conv.in_channels,
+            kernel_size=_pair(conv.kernel_size),
+            stride=_pair(conv.stride),
+            padding=(0, 0) if padding == "valid" else padding if isinstance(padding, str) else _pair(padding),
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+        )
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight's matrix."""
+        return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def sides(self) -> tuple[int, int, int, int]:
+        """Padding left, right, top and bottom, as torch.nn.functional.pad orders it."""
+        if not isinstance(self.padding, str):
+            return (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
+        # "same": the odd one goes to the right and to the bottom, as in torch
+        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return (width // 2, width - width // 2, height // 2, height - height // 2)
+
+    def check(self, weight: QuantizedWeight) -> None:
+        """Refuses a weight whose rows are not those of this convolution, and arguments torch would refuse."""
+        (kh, kw), groups = self.kernel_size, self.groups
+        if groups < 1 or self.in_channels % groups or weight.out_features % groups:
+            raise BantamweightError(
+                f"a convolution of {self.in_channels} to {weight.out_features} channels does not divide into "
+                f"{groups} groups; pass the groups of the layer"
+            )
+        if weight.in_features != self.columns:
+            raise BantamweightError(
+                f"a weight of {weight.out_features}x{weight.in_features} came for a {kh}x{kw} convolution of "
+                f"{self.in_channels} channels in {groups} groups, whose matrix has {self.columns} columns; "
+                "pass the weight of this layer"
+            )
+        if isinstance(self.padding, str) and (self.padding != "same" or self.stride != (1, 1)):
+            raise BantamweightError(
+                f"padding is {self.padding!r} with stride {self.stride}, but must be two sizes, 'valid', or 'same' "
+                "with stride 1; pass the sizes"
+            )
+
+
 def conv_matrix(weight: Tensor) -> Tensor:
     """A convolution's weight [o, c, kh, kw] as the matrix [o, kh * kw * c], channels last."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
@@ -206,6 +268,11 @@ def _per_group(value: Tensor | float, n: int, groups: int, device: torch.device)
     if column.ndim == 2 and column.shape[0] in (1, n) and column.shape[1] in (1, groups):
         return column.expand(n, groups).contiguous()
     return part
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, tuple | list) else (value, value)
+    return (int(first), int(second))
 
 
 def _describe(value: object) -> str:

@@ -1,5 +1,6 @@
 """Quantized layers, simulated and packed, and the ways between them."""
 
+from .fold import fold_batchnorm
 from .layer import QuantizedLayer
 from .packed import PackedLayer, PackedLinear
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
@@ -14,6 +15,7 @@ __all__ = [
     "SimulatedConv2d",
     "SimulatedLayer",
     "SimulatedLinear",
+    "fold_batchnorm",
     "pack",
     "pack_",
     "unpack",

@@ -118,15 +118,3 @@ def check_bias(bias: Tensor | None, out_features: int) -> None:
         )
     if not bool(torch.isfinite(bias).all()):
         raise BantamweightError("bias holds NaN or infinity, but must be finite; look for NaN in the trained model")
-
-
-def check_conv_shape(weight: QuantizedWeight, in_channels: int, kernel_size: tuple[int, int], groups: int) -> None:
-    """Refuses a weight whose rows are not those of the convolution."""
-    kh, kw = kernel_size
-    columns = in_channels // max(groups, 1) * kh * kw
-    if groups < 1 or in_channels % groups or weight.out_features % groups or weight.in_features != columns:
-        raise BantamweightError(
-            f"a weight of {weight.out_features}x{weight.in_features} came for a {kh}x{kw} convolution of {in_channels} "
-            f"channels in {groups} groups, which has {columns} columns and rows that divide by its groups; "
-            "pass the weight of this layer"
-        )

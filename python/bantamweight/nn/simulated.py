@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812  (the name every torch user k
 
 from ..errors import BantamweightError
 from ..io.bitpack import pack_codes, unpack_codes
-from ..weights import QuantizedWeight, conv_weight
-from .layer import QuantizedLayer, check_bias, check_conv_shape
+from ..weights import ConvGeometry, QuantizedWeight, conv_weight
+from .layer import QuantizedLayer, check_bias
 
 
 class _RoundToInt8(torch.autograd.Function):
@@ -164,13 +164,12 @@ class SimulatedConv2d(SimulatedLayer):
         padding_mode: str = "zeros",
         activation_bits: int | None = None,
     ) -> None:
-        kh, kw = kernel_size
-        check_conv_shape(quantized, in_channels, kernel_size, groups)
-        self.kernel_size = (kh, kw)
+        self.in_channels, self.out_channels, self.groups = in_channels, quantized.out_features, groups
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.dilation, self.padding_mode = dilation, padding_mode
+        self.geometry = ConvGeometry.of(self)
+        self.geometry.check(quantized)
         super().__init__(quantized, bias, activation_bits)
-        self.in_channels, self.out_channels = in_channels, quantized.out_features
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.padding_mode = padding_mode
 
     @classmethod
     def from_float(
@@ -194,54 +193,23 @@ class SimulatedConv2d(SimulatedLayer):
         return cls(
             quantized,
             conv.bias if bias is None else bias,
-            in_channels=conv.in_channels,
-            kernel_size=_pair(conv.kernel_size),
-            stride=_pair(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            dilation=_pair(conv.dilation),
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
             activation_bits=activation_bits,
+            **vars(ConvGeometry.of(conv)),
         )
 
     def shape_weight(self, matrix: Tensor) -> Tensor:
         return conv_weight(matrix, *self.kernel_size)
-
-    def zero_padding(self) -> tuple[int, int] | None:
-        """The rows and columns of zeros on each side, or None where the layer pads otherwise or unevenly."""
-        if self.padding_mode != "zeros":
-            return None
-        if isinstance(self.padding, tuple):
-            return self.padding
-        if self.padding == "valid":
-            return (0, 0)
-        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is not None:
             x = simulate_int8(x, (-3, -2, -1))
         if self.padding_mode == "zeros":
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        x = F.pad(x, self._sides(), mode=self.padding_mode)
+        x = F.pad(x, self.geometry.sides, mode=self.padding_mode)
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-    def _sides(self) -> tuple[int, int, int, int]:
-        """Left, right, top and bottom padding, as F.pad orders them."""
-        if isinstance(self.padding, tuple):
-            return (self.padding[1], self.padding[1], self.padding[0], self.padding[0])
-        if self.padding == "valid":
-            return (0, 0, 0, 0)
-        height, width = (d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        return (width // 2, width - width // 2, height // 2, height - height // 2)
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, {self.describe()}"
         )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = value if isinstance(value, tuple) else (value, value)
-    return (int(first), int(second))
