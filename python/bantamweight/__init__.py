@@ -6,12 +6,11 @@ The verbs are `quantize`, `pack`, `save` and `load`; the README's tour shows the
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (before the extension, so that both share torch's OpenMP threads)
-
 __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use, so that `import bantamweight` is cheap.
 _HOME = {
+    "_C": "_C",
     "QuantizedWeight": "weights",
     "errors": "errors",
     "io": "io",
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'bantamweight' has no attribute {name!r}")
+    import torch  # noqa: F401  (before the extension, so that both share torch's OpenMP threads)
+
     module = import_module(f".{_HOME[name]}", __name__)
     value = module if _HOME[name] == name else getattr(module, name)
     globals()[name] = value

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 from bantamweight.__main__ import main
@@ -36,3 +38,19 @@ def test_bad_usage_is_one_sentence(capsys, argv):
     assert main(argv) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("bantamweight: ")
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys\nfrom bantamweight.__main__ import main\n"
+        "try:\n    main(['compress', '--help'])\nexcept SystemExit as done:\n    assert done.code == 0\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--calibration" in done.stdout
+
+
+def test_the_extension_never_loads_before_torch():
+    code = "import sys\nfrom bantamweight import _C\nassert 'torch' in sys.modules and _C.isa_table()"
+    subprocess.run([sys.executable, "-c", code], check=True)
