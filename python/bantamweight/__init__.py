@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use, so that `import bantamweight` is cheap.
 _HOME = {
+    "HERO": "train.hero",
     "_C": "_C",
     "QuantizedWeight": "weights",
     "errors": "errors",
@@ -22,12 +23,13 @@ _HOME = {
     "save": "io",
 }
 
-__all__ = ["QuantizedWeight", "errors", "io", "load", "nn", "pack", "pack_", "read_header", "save"]
+__all__ = ["HERO", "QuantizedWeight", "errors", "io", "load", "nn", "pack", "pack_", "read_header", "save"]
 
 if TYPE_CHECKING:
     from . import errors, io, nn
     from .io import load, read_header, save
     from .nn import pack, pack_
+    from .train.hero import HERO
     from .weights import QuantizedWeight
 
 
