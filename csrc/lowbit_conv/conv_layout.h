@@ -25,6 +25,10 @@ struct ConvLayout {
 
 Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out);
 
+// The packed view of a channel group; wrong_layout unless it is the one that the shape asks for.
+// pieces: conv_pieces() of the shape, at any row_bytes.
+Status conv_view_read(const ConvLayout& layout, int64_t group, const std::vector<KPiece>& pieces, PackedView* view);
+
 // k per int32 sum: a scale group, or kMaxGroupK of one that is longer.
 inline int64_t conv_summed_group(const ConvShape& s) { return s.group_size < kMaxGroupK ? s.group_size : kMaxGroupK; }
 inline int64_t conv_summed_groups(const ConvShape& s) {

@@ -59,11 +59,8 @@ Status plan_views(Plan* plan) {
   bool any_zero = false;
   for (int64_t g = 0; g < s.groups; ++g) {
     PackedView& view = plan->views[static_cast<size_t>(g)];
-    const Status status =
-        packed_view_read(*linear_kernel(plan->layout.isa), plan->layout.views + g * plan->layout.view_bytes,
-                         plan->layout.view_bytes, &view);
+    const Status status = conv_view_read(plan->layout, g, plan->pieces, &view);
     if (status != Status::ok) return status;
-    if (view.piece_count != static_cast<int64_t>(plan->pieces.size())) return Status::wrong_layout;
     view.pieces = plan->pieces.data();
     any_zero = any_zero || view.zero_scale != nullptr || view.uniform_zero != 0;
   }

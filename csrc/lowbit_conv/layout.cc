@@ -234,7 +234,7 @@ Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
   if (!s.depthwise()) {
     out->views = base + kHeaderBytes;
     out->view_bytes = (header.bytes - kHeaderBytes) / s.groups;
-    return Status::ok;
+    return out->view_bytes % kAlign == 0 ? Status::ok : Status::wrong_layout;
   }
   const DepthwiseParts at = depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size()));
   if (at.end != header.bytes) return Status::wrong_layout;
@@ -243,6 +243,21 @@ Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
   out->zero_scale = header.integer_zeros ? nullptr : reinterpret_cast<const float*>(base + at.zero_scale);
   out->zero = reinterpret_cast<const float*>(base + at.zero);
   return Status::ok;
+}
+
+Status conv_view_read(const ConvLayout& layout, int64_t group, const std::vector<KPiece>& pieces, PackedView* view) {
+  const ConvShape& s = layout.shape;
+  const Status status =
+      packed_view_read(*linear_kernel(layout.isa), layout.views + group * layout.view_bytes, layout.view_bytes, view);
+  if (status != Status::ok) return status;
+  if (view->n != s.out_channels / s.groups || view->bits != s.bits || view->groups != conv_summed_groups(s) ||
+      view->piece_count != static_cast<int64_t>(pieces.size())) {
+    return Status::wrong_layout;
+  }
+  const bool same_runs = std::equal(pieces.begin(), pieces.end(), view->pieces, [](const KPiece& a, const KPiece& b) {
+    return a.k_begin == b.k_begin && a.k_size == b.k_size && a.group == b.group;
+  });
+  return same_runs ? Status::ok : Status::wrong_layout;
 }
 
 Status conv_describe(const void* layout, int64_t layout_bytes, ConvShape* shape, Isa* isa) try {
@@ -273,10 +288,10 @@ Status conv_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, flo
   if (s.depthwise()) {
     unpack_depthwise(read, codes, scale_out, zero_out);
   } else {
+    const std::vector<KPiece> pieces = conv_pieces(s, 0);
     for (int64_t g = 0; g < s.groups; ++g) {
       PackedView view;
-      const Status viewed =
-          packed_view_read(*linear_kernel(read.isa), read.views + g * read.view_bytes, read.view_bytes, &view);
+      const Status viewed = conv_view_read(read, g, pieces, &view);
       if (viewed != Status::ok) return viewed;
       packed_view_unpack(view, k, codes + g * n * k, scale_out + g * n * groups, zero_out + g * n * groups);
     }

@@ -292,6 +292,48 @@ void test_refusals() {
   }
 }
 
+// A damaged byte of the headers or the pieces is refused, or leaves a buffer that is safe to run and
+// to unpack as the shape it describes (the sanitizers say whether it is).
+void test_damaged_headers(bool depthwise, Isa isa) {
+  check::Random random(6);
+  ConvShape s;
+  s.in_channels = s.out_channels = depthwise ? 5 : 6;
+  s.groups = depthwise ? 5 : 2;
+  s.kernel_h = s.kernel_w = 2;
+  s.bits = 3;
+  s.group_size = 4;
+  const Weights w = make_weights(s, Zeros::fractional, random);
+  Layout layout(w, isa);
+  const Images images = make_images(1, s.in_channels, 4, 4, Order::channels_last, random);
+  int refused = 0;
+  for (int64_t at = 0; at < std::min<int64_t>(layout.bytes(), 448); ++at) {
+    for (int flip : {0x01, 0x02, 0x80, 0xff}) {
+      layout.data()[at] ^= static_cast<uint8_t>(flip);
+      ConvShape read;
+      Isa read_isa;
+      const Status status = conv_describe(layout.data(), layout.bytes(), &read, &read_isa);
+      CHECK(status == Status::ok || status == Status::wrong_layout);
+      refused += status != Status::ok;
+      const bool small = status == Status::ok && read.in_channels == s.in_channels && read.pad_top < 4 &&
+                         read.pad_bottom < 4 && read.pad_left < 4 && read.pad_right < 4 && read.out_channels < 100;
+      if (small) {
+        const auto outputs = [](int64_t pixels) { return static_cast<size_t>(std::max<int64_t>(0, pixels)); };
+        std::vector<float> y(outputs(conv_out_height(read, 4)) * outputs(conv_out_width(read, 4)) *
+                             static_cast<size_t>(read.out_channels));
+        conv_forward(layout.data(), layout.bytes(), images.input, nullptr, y.data());
+        const auto k = static_cast<size_t>(read.k()), n = static_cast<size_t>(read.out_channels);
+        std::vector<uint8_t> codes(n * k);
+        std::vector<float> scale(n * k), zero(n * k);
+        conv_unpack(layout.data(), layout.bytes(), codes.data(), scale.data(), zero.data());
+      }
+      layout.data()[at] ^= static_cast<uint8_t>(flip);
+    }
+  }
+  CHECK(refused > 50);
+  std::vector<float> y(9 * static_cast<size_t>(s.out_channels));
+  CHECK(conv_forward(layout.data(), layout.bytes(), images.input, nullptr, y.data()) == Status::ok);
+}
+
 template <class Test>
 void for_each_variant(const char* op, const Isa* isas, std::size_t count, Isa ceiling, Test test) {
   for (std::size_t i = 0; i < count; ++i) {
@@ -313,9 +355,15 @@ int main() {
   const Isa* isas = quantize_images_variants(&count);
   for_each_variant("quantize_images", isas, count, ceiling, test_quantize_images);
   isas = depthwise_variants(&count);
-  for_each_variant("depthwise", isas, count, ceiling, [](Isa isa) { test_conv(isa, true); });
+  for_each_variant("depthwise", isas, count, ceiling, [](Isa isa) {
+    test_conv(isa, true);
+    test_damaged_headers(true, isa);
+  });
   isas = linear_variants(&count);
-  for_each_variant("conv", isas, count, ceiling, [](Isa isa) { test_conv(isa, false); });
+  for_each_variant("conv", isas, count, ceiling, [](Isa isa) {
+    test_conv(isa, false);
+    test_damaged_headers(false, isa);
+  });
   test_refusals();
   return check::report("test_lowbit_conv");
 }
