@@ -1,0 +1,262 @@
+"""Calibration data, and what it makes the inputs of a layer be in the analog and in the quantized network."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+from ..errors import CalibrationError
+from ..nn.simulated import simulate_int8
+from ..weights import conv_matrix
+from .layer_problem import LayerProblem, ProblemBuilder
+from .method import LayerwiseMethod, layer_seed
+
+TargetLayer = nn.Linear | nn.Conv2d
+
+# One batch's input of a layer in both networks (the same tensor where they do not differ yet), and which of its
+# leading indices are held out.
+Streams = tuple[Tensor, Tensor, Tensor]
+
+_CHUNK_FLOATS = 1 << 24  # floats of the rows that are gathered at a time
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One call of the model: its arguments, how many samples it has, and which of them are held out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    held_out: Tensor  # bool [samples]
+
+    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as copies, which a model that works in place may change."""
+        return _map_tensors((self.args, self.kwargs), Tensor.clone)
+
+    def run(self, model: nn.Module) -> Any:
+        args, kwargs = self.fresh()
+        return model(*args, **kwargs)
+
+
+def collect_batches(
+    model: nn.Module,
+    calibration: Iterable[Any] | Tensor | Callable[[nn.Module], Any],
+    *,
+    held_out: float,
+    seed: int,
+) -> list[Batch]:
+    """Every form of calibration data as a list of calls of the model.
+
+    Args:
+        calibration: a tensor (one batch, cut into batches of 64); an iterable, such as a DataLoader, of tensors,
+            of tuples whose first elements are the model's required arguments (labels after them are dropped), or of
+            dicts of keyword arguments; or a function that calls the model it is given on the data.
+        held_out: the share of the samples held out, a random choice of one at least (and not all, of two or more).
+
+    Raises:
+        CalibrationError: nothing in it, or something else than these forms.
+    """
+    if isinstance(calibration, Tensor):
+        calls = [((part,), {}) for part in calibration.split(64)] if calibration.numel() else []
+    elif isinstance(calibration, Mapping) or isinstance(calibration, str):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}, but must be a tensor, an iterable of batches "
+            "(put a dict batch in a list), or a function of the model"
+        )
+    elif isinstance(calibration, Iterable):
+        calls = [_as_call(model, batch) for batch in calibration]
+    elif callable(calibration):
+        calls = _recorded_calls(model, calibration)
+    else:
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}, but must be a tensor, an iterable of batches, or a "
+            "function of the model"
+        )
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    calls = [_map_tensors(call, lambda tensor: tensor.detach().to(device)) for call in calls]
+    sizes = [_batch_size(call) for call in calls]
+    total = sum(sizes)
+    if total == 0:
+        raise CalibrationError("the calibration data is empty; pass at least one batch with one sample")
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, min(round(total * held_out), total - 1))
+    flags = torch.zeros(total, dtype=torch.bool)
+    flags[torch.randperm(total, generator=generator)[:count]] = True
+    return [
+        Batch(args=args, kwargs=kwargs, held_out=part)
+        for (args, kwargs), part in zip(calls, flags.split(sizes), strict=True)
+        if len(part) > 0
+    ]
+
+
+def layer_weight(layer: TargetLayer) -> Tensor:
+    """The weight as the solver wants it: float32 [problems, inputs, neurons], convolutions channels last."""
+    weight = layer.weight.detach()
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    matrix = conv_matrix(weight) if isinstance(layer, nn.Conv2d) else weight
+    return matrix.to("cpu", torch.float32).reshape(groups, -1, matrix.shape[1]).transpose(1, 2).contiguous()
+
+
+def input_rows(layer: TargetLayer, shape: torch.Size) -> int:
+    """How many rows (samples, tokens, patches) an input of this shape gives the layer."""
+    if isinstance(layer, nn.Linear):
+        return shape[:-1].numel()
+    height, width = _output_size(layer, shape)
+    return (shape[0] if len(shape) == 4 else 1) * height * width
+
+
+def build_problem(
+    name: str, layer: TargetLayer, streams: Iterable[Streams], total_rows: int, config: LayerwiseMethod
+) -> LayerProblem:
+    """Draws rows from every batch and collects them.
+
+    Args:
+        streams: the layer's inputs batch by batch.
+        total_rows: the rows of all of them; at most `config.patches_per_layer` are drawn, evenly over the batches.
+
+    Raises:
+        CalibrationError: NaN or infinity in the inputs, or no rows at all.
+    """
+    weight = layer_weight(layer)
+    share = min(1.0, config.patches_per_layer / max(total_rows, 1))
+    rows_to_solve_on = round(total_rows * share * (1 - config.held_out))
+    keep = config.wants_rows(inputs=weight.shape[1], neurons=weight.shape[2], rows=rows_to_solve_on)
+    builder = ProblemBuilder(name, weight, keep_rows=keep)
+    generator = torch.Generator().manual_seed(layer_seed(config.seed, name))
+    for analog, quantized, held_out in streams:
+        if analog.ndim == (3 if isinstance(layer, nn.Conv2d) else 1):
+            analog, quantized = (analog[None],) * 2 if analog is quantized else (analog[None], quantized[None])
+        count = input_rows(layer, analog.shape)
+        drawn = torch.arange(count)
+        if share < 1:
+            drawn = torch.randperm(count, generator=generator)[: max(1, round(count * share))].sort().values
+        if len(held_out) != analog.shape[0]:  # the layer's leading dimension is not the samples'
+            aside_count = max(1, round(analog.shape[0] * config.held_out))
+            held_out = torch.randperm(analog.shape[0], generator=generator) < aside_count
+        aside = held_out[drawn // (count // analog.shape[0])] if count else drawn.bool()
+        if config.activation_bits is not None:
+            quantized = simulate_int8(quantized, (-1,) if isinstance(layer, nn.Linear) else (-3, -2, -1))
+        gather = _gather_patches if isinstance(layer, nn.Conv2d) else _gather_rows
+        chunk = max(1, _CHUNK_FLOATS // max(1, weight.shape[0] * weight.shape[1]))
+        for which, is_held_out in ((drawn[~aside], False), (drawn[aside], True)):
+            for part in which.split(chunk):
+                rows = gather(layer, analog, part)
+                rows_quantized = rows if quantized is analog else gather(layer, quantized, part)
+                builder.add(rows, rows_quantized, held_out=is_held_out)
+    return builder.finish()
+
+
+def _gather_rows(layer: TargetLayer, x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the flattened input of a linear layer: [1, n, d]."""
+    return x.reshape(-1, x.shape[-1])[rows.to(x.device)].to("cpu", torch.float32)[None]
+
+
+def _gather_patches(layer: TargetLayer, x: Tensor, rows: Tensor) -> Tensor:
+    """The patches of a convolution at output positions `rows` (image, then row, then column): [groups, n, d].
+
+    Within a patch inputs are ordered as `conv_matrix` orders the weight's: ky, kx, channel.
+    """
+    assert isinstance(layer, nn.Conv2d)
+    height, width = _output_size(layer, x.shape)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(x, _padding(layer), mode=mode).permute(0, 2, 3, 1).contiguous()
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    rows = rows.to(x.device)
+    image, position = rows // (height * width), rows % (height * width)
+    y = (position // width * sh)[:, None, None] + torch.arange(kh, device=x.device)[:, None] * dh
+    x0 = (position % width * sw)[:, None, None] + torch.arange(kw, device=x.device) * dw
+    patches = padded[image[:, None, None], y, x0].to("cpu", torch.float32)  # [n, kh, kw, channels]
+    patches = patches.reshape(len(rows), kh * kw, layer.groups, -1)
+    return patches.permute(2, 0, 1, 3).reshape(layer.groups, len(rows), -1)
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Left, right, top and bottom, as F.pad orders them."""
+    if isinstance(layer.padding, tuple):
+        vertical, horizontal = layer.padding
+        return (horizontal, horizontal, vertical, vertical)
+    if layer.padding == "valid":
+        return (0, 0, 0, 0)
+    height, width = (d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return (width // 2, width - width // 2, height // 2, height - height // 2)
+
+
+def _output_size(layer: nn.Conv2d, shape: torch.Size) -> tuple[int, int]:
+    left, right, top, bottom = _padding(layer)
+    sizes = []
+    for axis, (size, padding) in enumerate(((shape[-2], top + bottom), (shape[-1], left + right))):
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
+        sizes.append(max(0, (size + padding - reach) // layer.stride[axis] + 1))
+    return sizes[0], sizes[1]
+
+
+def _as_call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | list | tuple | Mapping):
+        parameters = inspect.signature(model.forward).parameters.values()
+        required = sum(
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
+        )
+        return tuple(batch[: max(1, required)]), {}
+    raise CalibrationError(
+        f"a calibration batch is a {type(batch).__name__}, but must be a tensor, a tuple that starts with tensors, or a "
+        "dict of keyword arguments; convert numpy arrays with torch.from_numpy"
+    )
+
+
+def _recorded_calls(
+    model: nn.Module, forward_loop: Callable[[nn.Module], Any]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of every call that `forward_loop` makes."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, dict(kwargs))),  # type: ignore[arg-type]
+        with_kwargs=True,
+    )
+    try:
+        with torch.no_grad():
+            forward_loop(model)
+    finally:
+        handle.remove()
+    return calls
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def call_tensors(batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """Every tensor among the arguments of the batches, in order."""
+    for batch in batches:
+        yield from tensors_in((batch.args, batch.kwargs))
+
+
+def _batch_size(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+    first = next(tensors_in(call), None)
+    if first is None:
+        raise CalibrationError("a calibration batch holds no tensor; pass batches of the model's inputs")
+    return first.shape[0] if first.ndim else 1
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(part, change) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map_tensors(part, change) for part in value)
+    return value

@@ -1,0 +1,204 @@
+"""GPFQ: Zhang, Zhou, Saab, "Post-training Quantization for Neural Networks with Provable Guarantees", 2023, arXiv:2201.11113.
+
+Greedy path following. Layer by layer, and within a neuron input by input, each weight is rounded so that the
+quantized network's pre-activation X~ q follows the analog one X w as closely as the grid allows; errors of earlier
+inputs and earlier layers are made up for by later ones. Its predecessor is Lybrand and Saab, "A Greedy Algorithm
+for Quantizing Neural Networks", 2021, arXiv:2010.15979.
+
+Where we differ from the authors' code: their alphabet has 2^b + 1 values, ours fits in b bits; the step is chosen
+per channel on held-out data among several C instead of one C for all; convolutions draw patches at every position
+instead of at non-overlapping ones; the activations of both networks are kept at layer boundaries instead of being
+recomputed for each layer; an input that is zero on all samples keeps its rounded weight.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BantamweightError
+from .grid import Grid
+from .layer_problem import LayerProblem
+from .method import LayerResult, LayerwiseMethod, layer_result, layer_seed
+from .path_following import (
+    Rounding,
+    coordinate_descent,
+    follow_aligned,
+    follow_gram,
+    follow_samples,
+    gram_is_cheaper,
+)
+from .step_search import Solution, Solve, search_step
+
+ORDERS = ("norm", "natural")
+VARIANTS = ("stochastic", "l1", "l0")
+REFINEMENTS = ("coordinate_descent", "aligned", "auto")
+
+_TERNARY_STEPS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.8, 1.0)
+_STEPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_PENALTIES = {"l1": 0.25, "l0": 0.75}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPFQ(LayerwiseMethod):
+    """Greedy path-following quantization (Zhang, Zhou, Saab 2023, arXiv:2201.11113) and its variants.
+
+    Attributes:
+        order: ``"norm"`` visits a layer's inputs by descending ||X~_t||, ``"natural"`` as they stand.
+        damping: adds this fraction of the mean of H's diagonal to the diagonals of G and H, as if every input had
+            also been seen alone: steadier where samples are few. 0 is the paper's.
+        centered: follow the path of the inputs less their means, which bias correction makes up for. Needs
+            `bias_correction`.
+        variant: ``"stochastic"`` rounds up with the probability of the fraction (SGPFQ; Zhang and Saab 2023,
+            arXiv:2309.10975); ``"l1"`` shrinks the argument by `penalty` steps before rounding and ``"l0"`` sets
+            arguments within `penalty` steps to zero, for sparser codes (section 5 of the paper; its L0 alphabet has
+            a gap around zero, ours stays uniform).
+        penalty: of the L1 and L0 variants, in steps; None for 0.25 and 0.75.
+        refine: what follows plain GPFQ. ``"coordinate_descent"``: `sweeps` sweeps over all inputs. ``"aligned"``:
+            mismatch-corrected error feedback in its place (Qronos-like, arXiv:2505.11695). ``"auto"``: both are
+            tried. The result with the smaller held-out error is kept, and always plain GPFQ where the rows are
+            fewer than twice the inputs, because the refined ones then fit the calibration data only.
+        sweeps: of coordinate descent.
+        The rest: see LayerwiseMethod.
+
+    Raises:
+        BantamweightError: a setting out of range; the sentence names it.
+
+    Example:
+        >>> GPFQ(bits=3, group_size=64).scheme
+        'W3-g64'
+        >>> GPFQ(levels=3) == GPFQ.from_json(GPFQ(levels=3).to_json())
+        True
+    """
+
+    order: str = "norm"
+    damping: float = 0.0
+    centered: bool = True
+    variant: str | None = None
+    penalty: float | None = None
+    refine: str | None = None
+    sweeps: int = 4
+
+    method: ClassVar[str] = "gpfq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, allowed in (
+            ("order", self.order, ORDERS),
+            ("variant", self.variant, (*VARIANTS, None)),
+            ("refine", self.refine, (*REFINEMENTS, None)),
+        ):
+            if value not in allowed:
+                raise BantamweightError(f"{name} is {value!r}, but must be one of {', '.join(map(str, allowed))}")
+        if not 0 <= self.damping < float("inf"):
+            raise BantamweightError(f"damping is {self.damping!r}, but must be a number from 0")
+        if self.penalty is not None and (self.variant not in _PENALTIES or not 0 <= self.penalty < float("inf")):
+            raise BantamweightError(
+                f"penalty is {self.penalty!r} with variant {self.variant!r}; it is a number from 0 for 'l1' or 'l0'"
+            )
+        if not isinstance(self.sweeps, int) or self.sweeps < 1:
+            raise BantamweightError(f"sweeps is {self.sweeps!r}, but must be a whole number from 1")
+
+    @property
+    def candidates(self) -> tuple[float, ...]:
+        """The values of C to try."""
+        return self.steps or (_TERNARY_STEPS if self.grid_alphabet.levels <= 4 else _STEPS)
+
+    def wants_rows(self, *, inputs: int, neurons: int, rows: int) -> bool:
+        if self.refine is not None or self.damping > 0:
+            return False  # these work on the Gram matrices
+        columns = neurons * len(self.candidates) * len(self.grid_alphabet.zeros)
+        return not gram_is_cheaper(inputs=inputs, columns=columns, samples=rows)
+
+    def quantize_layer(self, problem: LayerProblem, bias: Tensor | None) -> LayerResult:
+        outputs = problem.held_out_outputs()
+        plain = self._search(problem, outputs, self._plain_solver(problem))
+        best, notes = self._refined(problem, outputs, plain)
+        return layer_result(problem, best, outputs, bias, corrected=self.bias_correction, notes=notes)
+
+    @property
+    def _is_centered(self) -> bool:
+        return self.centered and self.bias_correction
+
+    def _search(self, problem: LayerProblem, outputs: Tensor, solve: Solve) -> Solution:
+        return search_step(
+            problem,
+            self.grid_alphabet,
+            solve,
+            factors=self.candidates,
+            granularity=self.step_granularity,
+            group_size=self.group_size_for(problem.inputs),
+            percentile=self.percentile,
+            corrected=self.bias_correction,
+            outputs=outputs,
+            refine=self.steps is None,
+        )
+
+    def _rounding(self, problem: LayerProblem) -> Rounding:
+        penalty = _PENALTIES.get(self.variant or "", 0.0) if self.penalty is None else self.penalty
+        return Rounding(
+            stochastic=self.variant == "stochastic",
+            seed=layer_seed(self.seed, problem.name),
+            shrink=self.variant if self.variant in _PENALTIES else None,
+            threshold=penalty,
+        )
+
+    def _order(self, problem: LayerProblem) -> Tensor | None:
+        if self.order == "natural":
+            return None
+        return torch.argsort(problem.norms(), descending=True, stable=True)
+
+    def _damped(self, problem: LayerProblem) -> tuple[Tensor, Tensor]:
+        cross, gram = problem.matrices(self._is_centered)
+        if self.damping == 0:
+            return cross, gram
+        ridge = self.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+        identity = ridge[:, None, None] * torch.eye(problem.inputs, dtype=gram.dtype)
+        return cross + identity, gram + identity
+
+    def _plain_solver(self, problem: LayerProblem) -> Solve:
+        order, rounding = self._order(problem), self._rounding(problem)
+        kept = problem.samples(self._is_centered)
+        if kept is not None:
+            return lambda grid: follow_samples(problem.weight, *kept, grid, order=order, rounding=rounding)
+        matrices = self._damped(problem)
+        return lambda grid: follow_gram(problem.weight, *matrices, grid, order=order, rounding=rounding)
+
+    def _refined(self, problem: LayerProblem, outputs: Tensor, plain: Solution) -> tuple[Solution, tuple[str, ...]]:
+        """The refined solution if it is better on held-out data, and a note of which was kept."""
+        if self.refine is None:
+            return plain, ()
+        if problem.rows < 2 * problem.inputs:
+            return plain, (f"plain: {problem.rows} rows are fewer than twice the {problem.inputs} inputs",)
+        matrices = self._damped(problem)
+        rounding = self._rounding(problem)
+        best, kept = plain, "plain"
+        if self.refine in ("coordinate_descent", "auto"):
+            refined = self._descend(problem, outputs, plain, matrices, rounding)
+            if refined.error < best.error:
+                best, kept = refined, "coordinate descent"
+        if self.refine in ("aligned", "auto"):
+            order = self._order(problem)
+
+            def solve(grid: Grid) -> Tensor:
+                return follow_aligned(problem.weight, *matrices, grid, order=order, rounding=rounding)
+
+            aligned = self._search(problem, outputs, solve)
+            if aligned.error < best.error:
+                best, kept = aligned, "aligned"
+        return best, (f"{kept}: held-out error {(plain.error / max(best.error, 1e-300)) ** -0.5:.3f} of plain",)
+
+    def _descend(
+        self,
+        problem: LayerProblem,
+        outputs: Tensor,
+        plain: Solution,
+        matrices: tuple[Tensor, Tensor],
+        rounding: Rounding,
+    ) -> Solution:
+        codes = coordinate_descent(
+            problem.weight, *matrices, plain.grid, plain.codes, sweeps=self.sweeps, rounding=rounding
+        )
+        errors = problem.squared_errors(plain.grid.values(codes), outputs, corrected=self.bias_correction)
+        return Solution(grid=plain.grid, codes=codes, errors=errors)

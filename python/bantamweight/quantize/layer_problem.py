@@ -1,0 +1,203 @@
+"""One layer to quantize: its weight, what its inputs were in both networks, and the errors of a proposal.
+
+Both streams of inputs come in chunks of rows (samples, tokens or image patches). Rows to solve on go into the Gram
+matrices (or are kept, where the sample-block form is the cheaper one); held-out rows are kept, to measure errors
+and choose settings on data the solver has not seen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerProblem:
+    """W, and the statistics of X (analog inputs) and X~ (inputs in the quantized network).
+
+    A layer is `problems` independent ones (the channel groups of a convolution, else 1) of `d` inputs and `neurons`
+    outputs each. Neuron n of problem p is output ``p * neurons + n`` of the layer.
+
+    Attributes:
+        name: of the layer, for messages and for the seed of its random draws.
+        weight: float32 [problems, d, neurons].
+        gram: X~^T X~ [problems, d, d], over `rows` rows; None if the rows were kept.
+        cross: X~^T X [problems, d, d]; None if the rows were kept.
+        analog, quantized: the rows themselves [problems, rows, d]; None if not kept.
+        mean, mean_quantized: the means of X and X~ [problems, d].
+        held_out, held_out_quantized: [problems, held-out rows, d].
+        rows: rows solved on.
+    """
+
+    name: str
+    weight: Tensor
+    gram: Tensor | None
+    cross: Tensor | None
+    analog: Tensor | None
+    quantized: Tensor | None
+    mean: Tensor
+    mean_quantized: Tensor
+    held_out: Tensor
+    held_out_quantized: Tensor
+    rows: int
+
+    @property
+    def inputs(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def neurons(self) -> int:
+        return self.weight.shape[2]
+
+    def norms(self) -> Tensor:
+        """||X~_t||^2 of every input, summed over the problems: [d]."""
+        if self.gram is not None:
+            return self.gram.diagonal(dim1=1, dim2=2).sum(0)
+        assert self.quantized is not None
+        return self.quantized.square().sum((0, 1))
+
+    def matrices(self, centered: bool) -> tuple[Tensor, Tensor]:
+        """G = X~^T X and H = X~^T X~; of the rows less their means if `centered`."""
+        if self.gram is not None and self.cross is not None:
+            cross, gram = self.cross, self.gram
+        else:
+            assert self.analog is not None and self.quantized is not None
+            transposed = self.quantized.transpose(1, 2)
+            gram = torch.bmm(transposed, self.quantized)
+            cross = gram if self.analog is self.quantized else torch.bmm(transposed, self.analog)
+        if not centered:
+            return cross, gram
+        tilde = self.mean_quantized[:, :, None] * self.rows
+        return cross - tilde @ self.mean[:, None, :], gram - tilde @ self.mean_quantized[:, None, :]
+
+    def samples(self, centered: bool) -> tuple[Tensor, Tensor] | None:
+        """X and X~ if the rows were kept; less their means if `centered`."""
+        if self.analog is None or self.quantized is None:
+            return None
+        if not centered:
+            return self.analog, self.quantized
+        return self.analog - self.mean[:, None, :], self.quantized - self.mean_quantized[:, None, :]
+
+    def shift(self, values: Tensor) -> Tensor:
+        """What the bias must take up, the mean of X w - X~ q: [problems, columns] for values [problems, d, columns]."""
+        columns = values.shape[2]
+        analog = torch.bmm(self.mean[:, None, :], self.weight)[:, 0].repeat(1, columns // self.neurons)
+        return analog - torch.bmm(self.mean_quantized[:, None, :], values)[:, 0]
+
+    def held_out_outputs(self) -> Tensor:
+        """X w on the held-out rows: [problems, held-out rows, neurons]."""
+        return torch.bmm(self.held_out, self.weight)
+
+    def squared_errors(self, values: Tensor, outputs: Tensor, *, corrected: bool) -> Tensor:
+        """||X w - X~ q||^2 on the held-out rows for every column of values: [problems, columns].
+
+        Args:
+            values: q [problems, d, columns], candidate s of neuron n in column ``s * neurons + n``.
+            outputs: `held_out_outputs`.
+            corrected: subtract the shift that bias correction would.
+        """
+        shift = self.shift(values) if corrected else None
+        errors = []
+        # One candidate at a time: the rows times all candidates at once could be large.
+        for at in range(0, values.shape[2], self.neurons):
+            part = slice(at, at + self.neurons)
+            error = torch.baddbmm(outputs, self.held_out_quantized, values[:, :, part], alpha=-1)
+            if shift is not None:
+                error -= shift[:, None, part]
+            errors.append(error.square_().sum(1))
+        return torch.cat(errors, dim=1)
+
+
+class ProblemBuilder:
+    """Collects a layer's rows chunk by chunk.
+
+    Memory: two d x d matrices a problem, or, with `keep_rows`, the rows themselves; and the held-out rows.
+    """
+
+    def __init__(self, name: str, weight: Tensor, *, keep_rows: bool) -> None:
+        self.name = name
+        self.weight = weight
+        self.keep_rows = keep_rows
+        problems, d, _ = weight.shape
+        self.rows = 0
+        self.sum = weight.new_zeros(problems, d)
+        self.sum_quantized = self.sum
+        self.gram: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.held_out: list[tuple[Tensor, Tensor]] = []
+        self.same = True  # until a chunk's two streams differ
+
+    def add(self, analog: Tensor, quantized: Tensor, *, held_out: bool) -> None:
+        """Adds rows [problems, n, d]; `quantized` may be `analog` itself where the networks do not differ yet."""
+        if analog.shape[1] == 0:
+            return
+        for stream, rows in (("the network", analog), ("the quantized network", quantized)):
+            # One pass: a sum is finite if and only if all is (up to overflow, which is no usable input either).
+            if not bool(torch.isfinite(rows.sum())):
+                raise CalibrationError(
+                    f"the inputs of layer '{self.name}' in {stream} hold NaN or infinity; check the calibration data "
+                    "and the weights before this layer"
+                )
+        if held_out:
+            self.held_out.append((analog, quantized))
+            return
+        self.rows += analog.shape[1]
+        if quantized is not analog and self.same:
+            self.same = False
+            self.sum_quantized = self.sum.clone()
+            self.cross = None if self.gram is None else self.gram.clone()
+        self.sum += analog.sum(1)
+        if not self.same:
+            self.sum_quantized += quantized.sum(1)
+        if self.keep_rows:
+            self.kept.append((analog, quantized))
+            return
+        transposed = quantized.transpose(1, 2)
+        self.gram = _accumulate(self.gram, transposed, quantized)
+        if not self.same:
+            self.cross = _accumulate(self.cross, transposed, analog)
+
+    def finish(self) -> LayerProblem:
+        """The problem of all rows added.
+
+        Raises:
+            CalibrationError: no rows came.
+        """
+        if self.rows == 0:
+            # A single sample cannot be split: it serves both ends.
+            for analog, quantized in list(self.held_out):
+                self.add(analog, quantized, held_out=False)
+        if self.rows == 0:
+            raise CalibrationError(
+                f"layer '{self.name}' saw no calibration data; pass calibration batches that are not empty and reach it"
+            )
+        analog = quantized = None
+        if self.kept:
+            analog, quantized = self._stack(self.kept)
+        if not self.held_out:
+            raise CalibrationError(f"layer '{self.name}' drew no held-out rows; pass more samples or raise patches_per_layer")
+        held_out, held_out_quantized = self._stack(self.held_out)
+        return LayerProblem(
+            name=self.name,
+            weight=self.weight,
+            gram=self.gram,
+            cross=self.gram if self.same else self.cross,
+            analog=analog,
+            quantized=quantized,
+            mean=self.sum / self.rows,
+            mean_quantized=self.sum_quantized / self.rows,
+            held_out=held_out,
+            held_out_quantized=held_out_quantized,
+            rows=self.rows,
+        )
+
+    def _stack(self, chunks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        analog = torch.cat([chunk for chunk, _ in chunks], dim=1)
+        return analog, analog if self.same else torch.cat([chunk for _, chunk in chunks], dim=1)
+
+
+def _accumulate(total: Tensor | None, transposed: Tensor, rows: Tensor) -> Tensor:
+    return torch.bmm(transposed, rows) if total is None else total.baddbmm_(transposed, rows)

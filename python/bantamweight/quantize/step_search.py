@@ -1,0 +1,120 @@
+"""The search for the step: every candidate is solved, and held-out data chooses among them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .grid import Alphabet, Grid, candidate_grid, pick, weight_range
+from .layer_problem import LayerProblem
+
+# Solves for the codes [problems, d, columns] of every column of a grid.
+Solve = Callable[[Grid], Tensor]
+
+_MAX_CODES = 1 << 25  # codes of all candidates that are solved together
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """Codes on their grid, one column a neuron, and the squared held-out errors [problems, neurons]."""
+
+    grid: Grid
+    codes: Tensor
+    errors: Tensor
+
+    @property
+    def error(self) -> float:
+        return float(self.errors.sum())
+
+
+def search_step(
+    problem: LayerProblem,
+    chosen: Alphabet,
+    solve: Solve,
+    *,
+    factors: Sequence[float],
+    granularity: str,
+    group_size: int,
+    percentile: float,
+    corrected: bool,
+    outputs: Tensor,
+    refine: bool = True,
+) -> Solution:
+    """The best step among C times the range of the weights, for every neuron (or the layer) by its held-out error.
+
+    With groups along the inputs a candidate scales the steps of all groups of a neuron alike. After the listed
+    factors come two in between, halfway to the neighbours of each neuron's best one.
+
+    Args:
+        factors: the values of C, ascending.
+        granularity: ``"layer"`` chooses one C for all neurons.
+        refine: whether the factors in between are tried.
+        outputs: `LayerProblem.held_out_outputs`.
+    """
+    ranges = weight_range(problem.weight, granularity=granularity, group_size=group_size, percentile=percentile)
+
+    whole = granularity == "layer"
+
+    def solve_all(candidates: Tensor) -> tuple[Solution, Tensor]:
+        """The best solution among `candidates` [count, problems, 1, neurons], and which of them it is."""
+        grid = candidate_grid(ranges, chosen, candidates, None, group_size)
+        codes = solve(grid)
+        errors = problem.squared_errors(grid.values(codes), outputs, corrected=corrected)
+        errors = errors.reshape(errors.shape[0], -1, problem.neurons)  # [problems, candidates x zeros, neurons]
+        ranked = errors.sum((0, 2), keepdim=True).expand_as(errors) if whole else errors
+        best = ranked.argmin(1)
+        grid, codes = pick(grid, codes, best)
+        least = errors.gather(1, best[:, None, :])[:, 0]
+        return Solution(grid=grid, codes=codes, errors=least), best % len(candidates)
+
+    def best_of(candidates: Tensor) -> tuple[Solution, Tensor]:
+        """`solve_all`, some candidates at a time where all at once would take too much memory."""
+        at_once = max(1, _MAX_CODES // max(1, problem.weight.numel() * len(chosen.zeros)))
+        best: Solution | None = None
+        which = torch.empty(0)
+        for at in range(0, len(candidates), at_once):
+            found, index = solve_all(candidates[at : at + at_once])
+            if best is None:
+                best, which = found, index
+                continue
+            better = found.errors < best.errors
+            better = torch.full_like(better, found.error < best.error) if whole else better
+            which = torch.where(better, index + at, which)
+            best = better_columns(best, found, whole=whole)
+        assert best is not None
+        return best, which
+
+    listed = torch.tensor(list(factors), dtype=ranges.dtype).reshape(-1, 1, 1, 1)
+    problems, _, neurons = ranges.shape
+    solution, best = best_of(listed.expand(-1, problems, 1, neurons))
+    if not refine or len(factors) < 3:
+        return solution
+    table = listed.flatten()
+    centre = table[best]
+    below = (centre + table[(best - 1).clamp_min(0)]) / 2
+    above = (centre + table[(best + 1).clamp_max(len(factors) - 1)]) / 2
+    between, _ = best_of(torch.stack([below, above])[:, :, None, :])
+    return better_columns(solution, between, whole=whole)
+
+
+def better_columns(first: Solution, second: Solution, *, whole: bool) -> Solution:
+    """Of each neuron (or of the layer, if `whole`) the solution with the smaller held-out error."""
+    if whole:
+        return first if first.error <= second.error else second
+    take = second.errors < first.errors
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(take[:, None, :], b, a)
+
+    grid = Grid(
+        scale=choose(first.grid.scale, second.grid.scale),
+        zero=choose(first.grid.zero, second.grid.zero),
+        levels=first.grid.levels,
+        group_size=first.grid.group_size,
+    )
+    return Solution(
+        grid=grid,
+        codes=choose(first.codes, second.codes),
+        errors=torch.where(take, second.errors, first.errors),
+    )
