@@ -20,7 +20,9 @@ template <class T>
 bool valid(const GpfqPanel<T>& p) {
   const bool sizes = p.problems >= 0 && p.rows >= 0 && p.columns >= 0 && p.rows <= kGpfqMaxRows && p.groups >= 1;
   const bool grid = p.levels >= 2 && p.levels <= 256 && p.threshold >= T(0);
-  if (!sizes || !grid || (p.feedback == GpfqFeedback::change && p.previous == nullptr)) return false;
+  if (!sizes || !grid) return false;
+  const bool empty = p.problems == 0 || p.rows == 0 || p.columns == 0;
+  if (p.feedback == GpfqFeedback::change && p.previous == nullptr && !empty) return false;
   return std::all_of(p.group_of_row, p.group_of_row + p.rows,
                      [&](int32_t group) { return group >= 0 && group < p.groups; });
 }
@@ -41,6 +43,8 @@ Status for_slices(const GpfqPanel<T>& p, Run run) {
 }
 
 }  // namespace
+
+Isa gpfq_select(Isa ceiling) { return variants().pick(ceiling)->isa; }
 
 const Isa* gpfq_variants(std::size_t* count) { return variants().isas(count); }
 

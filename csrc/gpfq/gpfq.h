@@ -76,6 +76,9 @@ const GpfqKernel* gpfq_kernel_avx2();
 const GpfqKernel* gpfq_kernel_avx512();
 const GpfqKernel* gpfq_kernel_neon();
 
+// The variant this op would run under `ceiling`.
+Isa gpfq_select(Isa ceiling);
+
 // Variants this op has in this build, best first.
 const Isa* gpfq_variants(std::size_t* count);
 

@@ -49,6 +49,9 @@ void bind_gpfq(py::module_& module) {
     const bw::Isa* isas = bw::gpfq_variants(&count);
     return variant_table(isas, count);
   });
+  module.def(
+      "gpfq_select", [](const char* ceiling) { return bw::isa_name(bw::gpfq_select(isa_or_raise(ceiling))); },
+      py::arg("ceiling") = "");
   module.def("gpfq_panel_f32", [](std::array<int64_t, 4> shape, std::uintptr_t panel, std::uintptr_t lower,
                                   std::array<std::uintptr_t, 3> grid, std::uintptr_t group_of_row,
                                   std::uintptr_t previous, std::uintptr_t codes, int levels, std::array<int, 3> modes,

@@ -10,25 +10,45 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use, so that `import bantamweight` is cheap.
 _HOME = {
+    "GPFQ": "quantize",
     "HERO": "train.hero",
-    "_C": "_C",
     "QuantizedWeight": "weights",
+    "RoundToNearest": "quantize",
+    "_C": "_C",
     "errors": "errors",
     "io": "io",
     "load": "io",
     "nn": "nn",
     "pack": "nn",
     "pack_": "nn",
+    "quantize": "quantize",
+    "quantize_": "quantize",
     "read_header": "io",
     "save": "io",
 }
 
-__all__ = ["HERO", "QuantizedWeight", "errors", "io", "load", "nn", "pack", "pack_", "read_header", "save"]
+__all__ = [
+    "GPFQ",
+    "HERO",
+    "QuantizedWeight",
+    "RoundToNearest",
+    "errors",
+    "io",
+    "load",
+    "nn",
+    "pack",
+    "pack_",
+    "quantize",
+    "quantize_",
+    "read_header",
+    "save",
+]
 
 if TYPE_CHECKING:
     from . import errors, io, nn
     from .io import load, read_header, save
     from .nn import pack, pack_
+    from .quantize import GPFQ, RoundToNearest, quantize, quantize_
     from .train.hero import HERO
     from .weights import QuantizedWeight
 

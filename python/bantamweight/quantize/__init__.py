@@ -1,4 +1,11 @@
-"""Post-training quantization: a method, calibration data, and the driver that takes them through a model."""
+"""Post-training quantization: a method, calibration data, and the driver that takes them through a model.
+
+The module itself is callable and does what its function `quantize` does, so that ``bantamweight.quantize(model, ...)``
+works whichever of the two the name stands for at the time.
+"""
+
+import sys
+from types import ModuleType
 
 from .driver import preset, quantize, quantize_
 from .gpfq import GPFQ
@@ -17,3 +24,10 @@ __all__ = [
     "quantize",
     "quantize_",
 ]
+
+
+class _Verb(ModuleType):
+    __call__ = staticmethod(quantize)
+
+
+sys.modules[__name__].__class__ = _Verb

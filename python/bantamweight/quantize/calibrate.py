@@ -61,7 +61,7 @@ def collect_batches(
     """
     if isinstance(calibration, Tensor):
         calls = [((part,), {}) for part in calibration.split(64)] if calibration.numel() else []
-    elif isinstance(calibration, Mapping) or isinstance(calibration, str):
+    elif isinstance(calibration, Mapping | str):
         raise CalibrationError(
             f"calibration is a {type(calibration).__name__}, but must be a tensor, an iterable of batches "
             "(put a dict batch in a list), or a function of the model"
@@ -205,8 +205,8 @@ def _as_call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, A
         )
         return tuple(batch[: max(1, required)]), {}
     raise CalibrationError(
-        f"a calibration batch is a {type(batch).__name__}, but must be a tensor, a tuple that starts with tensors, or a "
-        "dict of keyword arguments; convert numpy arrays with torch.from_numpy"
+        f"a calibration batch is a {type(batch).__name__}, but must be a tensor, a tuple that starts with tensors, or "
+        "a dict of keyword arguments; convert numpy arrays with torch.from_numpy"
     )
 
 

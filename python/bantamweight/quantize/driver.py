@@ -84,15 +84,15 @@ def quantize(
     if isinstance(config, str):
         config = preset(config)
     if not isinstance(config, LayerwiseMethod):
-        raise BantamweightError(f"config is a {type(config).__name__}, but must be GPFQ(...), RoundToNearest(...) or a preset")
+        raise BantamweightError(
+            f"config is a {type(config).__name__}, but must be GPFQ(...), RoundToNearest(...) or a preset's name"
+        )
     overrides = dict(overrides or {})
     analog = copy.deepcopy(model).eval()
     folded: Sequence[str] = ()
     if fold_batchnorm:
         analog, folded = fold.fold_batchnorm(analog)
-    selection = select_layers(
-        analog, config, ignore=ignore, overrides=overrides, layers=layers, strict=strict
-    )
+    selection = select_layers(analog, config, ignore=ignore, overrides=overrides, layers=layers, strict=strict)
     with torch.no_grad():
         batches = collect_batches(analog, calibration, held_out=config.held_out, seed=config.seed)
         run = _Run(analog, selection, batches, _resume_folder(resume, analog, selection, batches))
@@ -124,7 +124,7 @@ def quantize_(model: nn.Module, config: LayerwiseMethod | str, **options: Any) -
         The model itself, in evaluation mode. It is unchanged if an error is raised.
     """
     if isinstance(model, nn.Linear | nn.Conv2d):
-        raise BantamweightError("quantize_ cannot change a bare layer in place; use quantize, which returns the new one")
+        raise BantamweightError("quantize_ cannot change a bare layer in place; use quantize, which gives the new one")
     quantized = quantize(model, config, **options)
     for name, child in quantized.named_children():
         setattr(model, name, child)
@@ -229,8 +229,8 @@ class _Run:
         simulated = simulated.to(device).eval()
         # A module that is used under several names is replaced under all of them.
         original = self.quantized.get_submodule(name) if name else self.quantized
-        aliases = [alias for alias, module in self.quantized.named_modules(remove_duplicate=False) if module is original]
-        for alias in aliases:
+        modules = list(self.quantized.named_modules(remove_duplicate=False))
+        for alias in [alias for alias, module in modules if module is original]:
             if alias == "":
                 self.quantized = simulated
                 continue

@@ -1,9 +1,9 @@
-"""GPFQ: Zhang, Zhou, Saab, "Post-training Quantization for Neural Networks with Provable Guarantees", 2023, arXiv:2201.11113.
+"""GPFQ: Zhang, Zhou, Saab, "Post-training Quantization for Neural Networks with Provable Guarantees", arXiv:2201.11113.
 
-Greedy path following. Layer by layer, and within a neuron input by input, each weight is rounded so that the
-quantized network's pre-activation X~ q follows the analog one X w as closely as the grid allows; errors of earlier
-inputs and earlier layers are made up for by later ones. Its predecessor is Lybrand and Saab, "A Greedy Algorithm
-for Quantizing Neural Networks", 2021, arXiv:2010.15979.
+SIAM J. Math. Data Sci., 2023. Greedy path following: layer by layer, and within a neuron input by input, each weight
+is rounded so that the quantized network's pre-activation X~ q follows the analog one X w as closely as the grid
+allows; errors of earlier inputs and earlier layers are made up for by later ones.
+Its predecessor is Lybrand and Saab, "A Greedy Algorithm for Quantizing Neural Networks", 2021, arXiv:2010.15979.
 
 Where we differ from the authors' code: their alphabet has 2^b + 1 values, ours fits in b bits; the step is chosen
 per channel on held-out data among several C instead of one C for all; convolutions draw patches at every position

@@ -51,7 +51,7 @@ def alphabet(bits: int, levels: int | None, kind: str | None) -> Alphabet:
         BantamweightError: bits or levels out of range, or a kind of another name.
     """
     if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
-        raise BantamweightError(f"bits is {bits!r}, but codes are stored in 2, 3, 4 or 8 bits; for ternary use levels=3")
+        raise BantamweightError(f"bits is {bits!r}, but codes have 2, 3, 4 or 8 bits; for ternary use levels=3")
     if kind is not None and kind not in ALPHABETS:
         raise BantamweightError(f"alphabet is {kind!r}, but must be one of {', '.join(ALPHABETS)}, or None")
     if levels is None:

@@ -178,7 +178,9 @@ class ProblemBuilder:
         if self.kept:
             analog, quantized = self._stack(self.kept)
         if not self.held_out:
-            raise CalibrationError(f"layer '{self.name}' drew no held-out rows; pass more samples or raise patches_per_layer")
+            raise CalibrationError(
+                f"layer '{self.name}' drew no held-out rows; pass more samples or raise patches_per_layer"
+            )
         held_out, held_out_quantized = self._stack(self.held_out)
         return LayerProblem(
             name=self.name,

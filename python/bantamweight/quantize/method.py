@@ -93,11 +93,11 @@ class LayerwiseMethod:
         if self.steps is not None:
             object.__setattr__(self, "steps", tuple(sorted(float(step) for step in self.steps)))
             if not self.steps or not all(0 < step < float("inf") for step in self.steps):
-                raise BantamweightError(f"steps is {self.steps!r}, but must hold one positive number or more, or be None")
+                raise BantamweightError(f"steps is {self.steps!r}, but must hold positive numbers, or be None")
         if self.activation_bits not in (None, 8):
             raise BantamweightError(f"activation_bits is {self.activation_bits!r}, but must be 8, or None for float")
         if not isinstance(self.patches_per_layer, int) or self.patches_per_layer < 2:
-            raise BantamweightError(f"patches_per_layer is {self.patches_per_layer!r}, but must be a whole number from 2")
+            raise BantamweightError(f"patches_per_layer is {self.patches_per_layer!r}, but must be a number from 2")
         if not 0 < self.held_out < 1:
             raise BantamweightError(f"held_out is {self.held_out!r}, but must be a share between 0 and 1, such as 0.2")
 
@@ -152,7 +152,7 @@ class LayerwiseMethod:
             )
         kind = _METHODS.get(name) if isinstance(name, str) else None
         if kind is None or not issubclass(kind, cls):
-            raise BantamweightError(f"the config is for method {name!r}, but must be for {cls.method or sorted(_METHODS)}")
+            raise BantamweightError(f"the config is for method {name!r}, not {cls.method or sorted(_METHODS)}")
         unknown = sorted(set(values) - {field.name for field in fields(kind)})
         if unknown:
             raise BantamweightError(f"the config has unknown settings {', '.join(unknown)}; pass what to_json wrote")
@@ -172,7 +172,7 @@ def layer_result(
 ) -> LayerResult:
     """A solution in the contract's form: rows are outputs, and the bias takes up the mean error."""
     grid = solution.grid
-    problems, d, neurons = solution.codes.shape
+    problems, _, neurons = solution.codes.shape
 
     def rows(tensor: Tensor) -> Tensor:
         return tensor.transpose(1, 2).reshape(problems * neurons, -1).contiguous()

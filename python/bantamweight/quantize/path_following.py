@@ -59,7 +59,13 @@ def gram_is_cheaper(*, inputs: int, columns: int, samples: int) -> bool:
 
 
 def follow_gram(
-    weight: Tensor, cross: Tensor, gram: Tensor, grid: Grid, *, order: Tensor | None = None, rounding: Rounding = NEAREST
+    weight: Tensor,
+    cross: Tensor,
+    gram: Tensor,
+    grid: Grid,
+    *,
+    order: Tensor | None = None,
+    rounding: Rounding = NEAREST,
 ) -> Tensor:
     """Path following in Gram form.
 
@@ -226,7 +232,14 @@ class _Panels:
         self.rounding = rounding
 
     def run(
-        self, panel: Tensor, lower: Tensor, codes: Tensor, first_row: int, *, feedback: str, previous: Tensor | None = None
+        self,
+        panel: Tensor,
+        lower: Tensor,
+        codes: Tensor,
+        first_row: int,
+        *,
+        feedback: str,
+        previous: Tensor | None = None,
     ) -> None:
         """Turns a contiguous panel of arguments into what each input took out, in place, and writes its codes."""
         problems, rows, columns = panel.shape

@@ -30,7 +30,7 @@ def fingerprint(settings: Iterable[str], tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         whole = tensor.detach().cpu().contiguous()
         digest.update(f"{whole.dtype}{tuple(whole.shape)}".encode())
-        digest.update(memoryview(whole.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -78,9 +78,7 @@ class ResumeFolder:
             levels=header["levels"],
             group_size=header["group_size"],
         )
-        return LayerResult(
-            weight=weight, bias=tensors.get("bias"), error=header["error"], notes=tuple(header["notes"])
-        )
+        return LayerResult(weight=weight, bias=tensors.get("bias"), error=header["error"], notes=tuple(header["notes"]))
 
     def store(self, name: str, result: LayerResult) -> None:
         """Writes a layer; a reader sees it whole or not at all."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from ..errors import CalibrationError
 from .calibrate import Batch, Streams, TargetLayer, input_rows, tensors_in
@@ -32,7 +33,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if m in self.targets:
             return True
-        return super().is_leaf_module(m, module_qualified_name) and not any(part in self.targets for part in m.modules())
+        holds_target = any(part in self.targets for part in m.modules())
+        return super().is_leaf_module(m, module_qualified_name) and not holds_target
 
 
 def trace(model: nn.Module, targets: Iterable[nn.Module], batch: Batch) -> fx.Graph | None:
@@ -195,8 +197,8 @@ def _execute(
     stream: int,
     index: int,
 ) -> Any:
-    args = fx.node.map_arg(node.args, lambda used: alive[used][stream][index])
-    kwargs = fx.node.map_arg(node.kwargs, lambda used: alive[used][stream][index])
+    args = map_arg(node.args, lambda used: alive[used][stream][index])
+    kwargs = map_arg(node.kwargs, lambda used: alive[used][stream][index])
     if node.op == "call_module":
         return model.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_function":
