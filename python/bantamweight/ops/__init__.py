@@ -1,5 +1,15 @@
 """The kernels as functions of tensors: eager calls go straight to the extension, compiled graphs see torch ops."""
 
+from .lowbit_conv2d import describe_conv2d, lowbit_conv2d, pack_conv2d, unpack_conv2d
 from .lowbit_linear import describe_linear, lowbit_linear, pack_linear, unpack_linear
 
-__all__ = ["describe_linear", "lowbit_linear", "pack_linear", "unpack_linear"]
+__all__ = [
+    "describe_conv2d",
+    "describe_linear",
+    "lowbit_conv2d",
+    "lowbit_linear",
+    "pack_conv2d",
+    "pack_linear",
+    "unpack_conv2d",
+    "unpack_linear",
+]
