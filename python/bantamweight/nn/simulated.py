@@ -22,11 +22,13 @@ class _RoundToInt8(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         maximum = x.abs().amax(dims, keepdim=True)
-        to_code = 127.0 / maximum
+        # Tensor by tensor: torch turns a division of or by a number into a rounded reciprocal and a product.
+        most = torch.full_like(maximum, 127.0)
+        to_code = most / maximum
         # A maximum so small that 127 / maximum overflows counts as zero, as in the kernels.
         usable = torch.isfinite(to_code)
         codes = torch.round(x * torch.where(usable, to_code, 0.0))
-        return codes * torch.where(usable, maximum / 127.0, 0.0)
+        return codes * torch.where(usable, maximum / most, 0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

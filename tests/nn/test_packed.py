@@ -1,0 +1,192 @@
+"""The packed layers equal the simulated ones up to float rounding, for every scheme and every kernel."""
+
+import copy
+
+import bantamweight as bw
+import pytest
+import torch
+from bantamweight import _C, QuantizedWeight
+from bantamweight.errors import BantamweightError, KernelError
+from bantamweight.nn import PackedLinear, SimulatedLinear
+
+SCHEMES = [(3, None), (3, 32), (4, None), (4, 16), (7, None), (8, 64), (15, 128), (16, None), (16, 32), (256, None)]
+KERNELS = [name for name, missing in _C.linear_variants() if not missing]
+
+
+def weight(n: int, k: int, levels: int = 16, group_size: int | None = None, symmetric: bool = True) -> QuantizedWeight:
+    groups = -(-k // (group_size or max(k, 1)))
+    codes = torch.randint(0, levels, (n, k), dtype=torch.uint8)
+    zero = float(levels // 2) if symmetric else torch.rand(n, groups) * levels
+    return QuantizedWeight.from_codes(codes, torch.rand(n, groups) + 0.1, zero, group_size=group_size, levels=levels)
+
+
+def assert_equal_to_rounding(packed: PackedLinear, x: torch.Tensor) -> None:
+    """Within float rounding of the simulated form: 1e-6 of the terms that are summed (the sum may cancel)."""
+    simulated = SimulatedLinear(packed.quantized, packed.bias, activation_bits=8)
+    ours, expected = packed(x), simulated(x)
+    assert ours.shape == expected.shape
+    if ours.numel() > 0:
+        w = packed.quantized
+        terms = QuantizedWeight.from_codes(w.codes, w.scale, -w.zero, group_size=w.group_size, levels=w.levels)
+        size = x.abs() @ terms.dequantize().T + (0.0 if packed.bias is None else packed.bias.abs())
+        assert ((ours - expected).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize(("levels", "group_size"), SCHEMES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@torch.no_grad()
+def test_packed_equals_simulated(levels: int, group_size: int | None, symmetric: bool) -> None:
+    for n, k in ((1, 1), (7, 65), (48, 333), (130, 512)):
+        w, bias = weight(n, k, levels, group_size, symmetric), torch.randn(n)
+        packed = PackedLinear.from_quantized(w, bias)
+        assert packed.quantized.equals(w)
+        for shape in ((k,), (1, k), (3, k), (2, 2, 33, k), (0, k), (2, 0, k)):
+            assert_equal_to_rounding(packed, torch.randn(shape))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_every_kernel_can_be_forced(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+    packed = PackedLinear.from_quantized(weight(70, 200, 8, 64))
+    assert packed.kernel == kernel and f"packed W3-g64 {kernel}" in repr(packed)
+    assert_equal_to_rounding(packed, torch.randn(9, 200))
+
+
+def test_a_kernel_this_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", "abacus")
+    with pytest.raises(KernelError, match="BANTAMWEIGHT_FORCE_KERNEL=abacus names no kernel"):
+        PackedLinear.from_quantized(weight(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_inputs_of_any_strides_and_float_dtypes(dtype: torch.dtype) -> None:
+    packed = PackedLinear.from_quantized(weight(16, 40), torch.randn(16))
+    x = torch.randn(40, 6).to(dtype)
+    y = packed(x.T)
+    assert y.dtype == dtype and torch.equal(y, packed(x.T.float().contiguous()).to(dtype))
+    wide = torch.randn(6, 80).to(dtype)
+    assert torch.equal(packed(wide[:, ::2]), packed(wide[:, ::2].contiguous()))
+
+
+@torch.no_grad()
+def test_torchs_defaults_do_not_leak_in() -> None:
+    packed, x = PackedLinear.from_quantized(weight(16, 40)), torch.randn(6, 40)
+    y = packed(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(packed(x), y) and packed(x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(packed(x), y)
+
+
+@torch.no_grad()
+def test_forms_load_each_others_state_dicts() -> None:
+    w, bias = weight(16, 40, 3, 16), torch.randn(16)
+    packed, simulated = PackedLinear(w, bias), SimulatedLinear(w, bias, activation_bits=8)
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(tensor, simulated.state_dict()[name])
+    x = torch.randn(5, 40)
+    expected = packed(x)
+    other = PackedLinear(weight(16, 40), torch.zeros(16))
+    other.load_state_dict(simulated.state_dict())
+    assert torch.equal(other(x), expected) and other.quantized.equals(w) and other.scheme == "ternary-g16"
+    other = SimulatedLinear(weight(16, 40), torch.zeros(16), activation_bits=8)
+    other.load_state_dict(packed.state_dict())
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=1e-4)
+    with pytest.raises(RuntimeError, match="a weight of 16x41 came for a PackedLinear of 16x40"):
+        packed.load_state_dict(SimulatedLinear(weight(16, 41), torch.zeros(16)).state_dict())
+
+
+@torch.no_grad()
+def test_a_deep_copy_outlives_the_original() -> None:
+    packed = PackedLinear(weight(64, 64), torch.randn(64))
+    x = torch.randn(2, 64)
+    expected = packed(x)
+    twin = copy.deepcopy(packed)
+    assert twin.layout.data_ptr() != packed.layout.data_ptr()
+    packed.layout.zero_()
+    packed.bias.zero_()
+    assert torch.equal(twin(x), expected)
+
+
+@torch.no_grad()
+def test_a_replaced_bias_is_used() -> None:
+    packed, x = PackedLinear(weight(8, 16), torch.zeros(8)), torch.randn(2, 16)
+    without = packed(x)
+    packed.bias = torch.ones(8)
+    torch.testing.assert_close(packed(x), without + 1)
+    packed.load_state_dict(packed.state_dict() | {"bias": torch.full((8,), 2.0)})
+    torch.testing.assert_close(packed(x), without + 2)
+    packed.load_state_dict(packed.state_dict() | {"bias": torch.full((8,), 3.0)}, assign=True)
+    torch.testing.assert_close(packed(x), without + 3)
+
+
+@torch.no_grad()
+def test_moves_and_dtypes_leave_the_weights_alone() -> None:
+    packed, x = PackedLinear(weight(8, 16), torch.randn(8) / 3), torch.randn(2, 16)
+    expected = packed(x)
+    net = torch.nn.Sequential(packed).half().double().to("cpu").share_memory()
+    assert torch.equal(net(x), expected) and packed.bias is not None and packed.bias.dtype == torch.float32
+    with pytest.raises(BantamweightError, match="PackedLinear 8x16 is packed for the CPU and cannot move to meta"):
+        net.to("meta")
+    assert torch.equal(net(x), expected)
+
+
+def test_refuses_inputs_with_a_sentence() -> None:
+    packed = PackedLinear(weight(8, 16))
+    for x, says in (
+        (torch.zeros(2, 15), r"PackedLinear 8x16 takes inputs \[..., 16\], but \[2, 15\] came"),
+        (torch.tensor(1.0), r"but \[\] came"),
+        (torch.zeros(2, 16, dtype=torch.float64), "float64 came; convert with .float()"),
+        (torch.zeros(2, 16, dtype=torch.int64), "int64 came"),
+        (torch.full((2, 16), float("nan")), "PackedLinear 8x16: the input holds NaN or infinity"),
+        (torch.zeros(2, 16, requires_grad=True), "requires a gradient; call it under torch.no_grad"),
+    ):
+        with pytest.raises(BantamweightError, match=says):
+            packed(x)
+    with torch.no_grad():
+        assert packed(torch.zeros(2, 16, requires_grad=True)).shape == (2, 8)
+    with torch.inference_mode():
+        assert packed(torch.zeros(2, 16)).shape == (2, 8)
+
+
+def test_refuses_weights_no_kernel_takes() -> None:
+    w = weight(2, 70000, 16, 68000)
+    with pytest.raises(KernelError, match="no kernel takes a 2x70000 weight in groups of 68000"):
+        PackedLinear.from_quantized(w)
+    with pytest.raises(BantamweightError, match=r"bias is torch.float32 \[3\], but 8 channels"):
+        PackedLinear.from_quantized(weight(8, 16), torch.zeros(3))
+
+
+@torch.no_grad()
+def test_a_long_row_is_summed_exactly() -> None:
+    w, x = weight(3, 70001, 256), torch.ones(1, 70001)
+    packed = PackedLinear(w)
+    assert packed.quantized.equals(w)
+    codes = w.codes.long() - w.zero.long()
+    torch.testing.assert_close(packed(x), (codes.sum(1) * w.scale[:, 0].double()).float().view(1, 3), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_threads_do_not_change_the_result() -> None:
+    packed, x = PackedLinear(weight(300, 400)), torch.randn(100, 400)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(packed(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_package_names_what_it_exports() -> None:
+    assert all(hasattr(bw, name) for name in bw.__all__)
+    assert all(hasattr(bw.nn, name) for name in bw.nn.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'qunatize'"):
+        bw.qunatize  # noqa: B018
