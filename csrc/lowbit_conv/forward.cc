@@ -309,8 +309,9 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const int64_t fit = std::clamp<int64_t>(kBatchBytes / plan.image_bytes(), 1, input.images);
   const int64_t per_batch = std::min(fit, ceil_div(input.images, threads));
   const int64_t batches = ceil_div(input.images, per_batch);
-  const bool spread = batches % threads == 0 || batches >= 4 * threads;
-  const int64_t work = input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.shape.out_channels);
+  [[maybe_unused]] const bool spread = batches % threads == 0 || batches >= 4 * threads;
+  [[maybe_unused]] const int64_t work =
+      input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.shape.out_channels);
   std::atomic<int> worst{static_cast<int>(Status::ok)};
 #pragma omp parallel for schedule(dynamic) if (threads > 1 && spread && batches > 1 && work > (1 << 17))
   for (int64_t b = 0; b < batches; ++b) {
