@@ -1,5 +1,6 @@
 """Packed convolutions of every kernel of this machine against exact integers, over all geometries."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +18,15 @@ from bantamweight.weights import conv_weight
 DENSE = [name for name, missing in _C.linear_variants() if not missing]
 DEPTHWISE = [name for name, missing in _C.depthwise_variants() if not missing]
 ISAS = [name for name, missing in _C.isa_table() if not missing]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch's double-precision oracle forks for every tiny channel group, which crawls on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, kw_only=True)
