@@ -202,10 +202,10 @@ class ConvGeometry:
         padding = conv.padding
         return cls(
             in_channels=conv.in_channels,
-            kernel_size=_pair(conv.kernel_size),
-            stride=_pair(conv.stride),
-            padding=(0, 0) if padding == "valid" else padding if isinstance(padding, str) else _pair(padding),
-            dilation=_pair(conv.dilation),
+            kernel_size=pair(conv.kernel_size),
+            stride=pair(conv.stride),
+            padding=(0, 0) if padding == "valid" else padding if isinstance(padding, str) else pair(padding),
+            dilation=pair(conv.dilation),
             groups=conv.groups,
             padding_mode=conv.padding_mode,
         )
@@ -270,7 +270,8 @@ def _per_group(value: Tensor | float, n: int, groups: int, device: torch.device)
     return part
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """A size given once or twice, as torch allows, as two."""
     first, second = value if isinstance(value, tuple | list) else (value, value)
     return (int(first), int(second))
 

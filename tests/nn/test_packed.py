@@ -7,7 +7,7 @@ import pytest
 import torch
 from bantamweight import _C, QuantizedWeight
 from bantamweight.errors import BantamweightError, KernelError
-from bantamweight.nn import PackedLinear, SimulatedLinear
+from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear
 
 SCHEMES = [(3, None), (3, 32), (4, None), (4, 16), (7, None), (8, 64), (15, 128), (16, None), (16, 32), (256, None)]
 KERNELS = [name for name, missing in _C.linear_variants() if not missing]
@@ -183,6 +183,69 @@ def test_threads_do_not_change_the_result() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (3, 2), "stride": (2, 1), "padding": (2, 0), "dilation": (1, 2)},
+    {"kernel_size": 3, "groups": 4, "bias": False},
+    {"kernel_size": 3, "groups": 8, "padding": 1},  # depthwise
+    {"kernel_size": (2, 3), "padding": "same"},
+    {"kernel_size": 1, "padding": "valid", "stride": 2},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's note about its own copy
+@pytest.mark.parametrize("arguments", CONVOLUTIONS)
+@pytest.mark.parametrize(("levels", "group_size"), [(3, None), (8, 8), (16, None), (256, None)])
+@torch.no_grad()
+def test_packed_conv_equals_simulated(arguments: dict, levels: int, group_size: int | None) -> None:
+    conv = torch.nn.Conv2d(8, 8, **arguments)
+    w = weight(8, conv.weight[0].numel(), levels, group_size, symmetric=levels != 16)
+    oracle = SimulatedConv2d.from_float(conv, w, activation_bits=8)
+    packed = PackedConv2d.from_quantized(w, conv.bias, **vars(oracle.geometry))
+    assert packed.quantized.equals(w)
+    for shape in ((2, 8, 9, 11), (1, 8, 5, 5), (8, 9, 11), (0, 8, 9, 11)):
+        x = torch.randn(shape)
+        ours, expected = packed(x), oracle(x)
+        assert ours.shape == expected.shape
+        if x.numel() > 0:
+            assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    x = torch.randn(2, 8, 9, 11).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(packed(x), packed(x.contiguous()), rtol=0, atol=0)
+    assert packed(x.bfloat16()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_packed_conv_copies_and_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = weight(6, 36, 3), torch.randn(2, 4, 7, 7)
+    packed = PackedConv2d.from_quantized(w, torch.randn(6), in_channels=4, kernel_size=3, padding=1)
+    assert "padding=(1, 1)" in repr(packed) and f"packed ternary {packed.kernel}" in repr(packed)
+    expected = packed(x)
+    twin = copy.deepcopy(packed)
+    packed.layout.zero_()
+    assert torch.equal(twin(x), expected)
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", "reference")
+    other = PackedConv2d.from_quantized(weight(6, 36), torch.zeros(6), in_channels=4, kernel_size=3, padding=1)
+    other.load_state_dict(twin.state_dict())
+    assert other.kernel == "reference" and torch.equal(other(x), expected)
+
+
+def test_packed_conv_refuses_with_a_sentence() -> None:
+    packed = PackedConv2d.from_quantized(weight(6, 36), in_channels=4, kernel_size=3)
+    for x, says in (
+        (torch.zeros(2, 5, 7, 7), r"takes inputs \[n, 4, h, w\], but \[2, 5, 7, 7\] came"),
+        (torch.zeros(2, 4, 2, 7), "takes images of at least 3x3"),
+        (torch.zeros(4, 4), r"\[4, 4\] came"),
+        (torch.zeros(2, 4, 7, 7, dtype=torch.float64), "float64 came"),
+        (torch.full((2, 4, 7, 7), float("inf")), "NaN or infinity"),
+        (torch.zeros(2, 4, 7, 7, requires_grad=True), "PackedConv2d 6x36 is for inference"),
+    ):
+        with pytest.raises(BantamweightError, match=says):
+            packed(x)
+    with pytest.raises(BantamweightError, match="whose matrix has 72 columns"):
+        PackedConv2d.from_quantized(weight(6, 36), in_channels=8, kernel_size=3)
 
 
 def test_the_package_names_what_it_exports() -> None:

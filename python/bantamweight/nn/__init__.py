@@ -2,11 +2,12 @@
 
 from .fold import fold_batchnorm
 from .layer import QuantizedLayer
-from .packed import PackedLayer, PackedLinear
+from .packed import PackedConv2d, PackedLayer, PackedLinear
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
 from .swap import PackedRecord, PackingReport, pack, pack_, unpack
 
 __all__ = [
+    "PackedConv2d",
     "PackedLayer",
     "PackedLinear",
     "PackedRecord",

@@ -9,11 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, empty, float32
 from torch.compiler import is_compiling
+from torch.nn.functional import pad
 
 from .._C import linear_forward
 from ..errors import BantamweightError
+from ..ops.lowbit_conv2d import Conv2dLayout, describe_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
 from ..ops.lowbit_linear import ALIGNMENT, check_input, check_status, describe_linear, pack_linear, unpack_linear
-from ..weights import QuantizedWeight
+from ..weights import ConvGeometry, QuantizedWeight, pair
 from .layer import QuantizedLayer, check_bias
 
 
@@ -160,3 +162,124 @@ class PackedLinear(PackedLayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
+
+
+class PackedConv2d(PackedLayer):
+    """`nn.Conv2d` on a low-bit kernel; inputs are rounded to int8 image by image, outputs are channels last.
+
+    Example:
+        >>> import torch
+        >>> from bantamweight import QuantizedWeight
+        >>> w = QuantizedWeight.from_codes(torch.randint(0, 3, (8, 36), dtype=torch.uint8), 0.1, 1.0, levels=3)
+        >>> conv = PackedConv2d.from_quantized(w, in_channels=4, kernel_size=(3, 3), padding=(1, 1))
+        >>> conv(torch.randn(2, 4, 10, 10)).shape
+        torch.Size([2, 8, 10, 10])
+    """
+
+    _described: Conv2dLayout
+
+    def __init__(
+        self,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        in_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+        padding_mode: str = "zeros",
+    ) -> None:
+        self.in_channels, self.out_channels, self.groups = in_channels, quantized.out_features, groups
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.dilation, self.padding_mode = dilation, padding_mode
+        self.geometry = ConvGeometry.of(self)
+        self.geometry.check(quantized)
+        super().__init__(quantized, bias)
+
+    @classmethod
+    def from_quantized(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        in_channels: int,
+        kernel_size: tuple[int, int] | int,
+        stride: tuple[int, int] | int = 1,
+        padding: tuple[int, int] | int | str = 0,
+        dilation: tuple[int, int] | int = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+    ) -> Self:
+        """Packs the weight for the best kernel of this machine (or the one BANTAMWEIGHT_FORCE_KERNEL allows).
+
+        Args:
+            weight: codes [out_channels, kh * kw * in_channels / groups], channels last (`weights.conv_matrix`).
+            in_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as of nn.Conv2d.
+
+        Raises:
+            KernelError: no kernel takes the convolution.
+            BantamweightError: the weight does not fit it, or the bias is not one finite float a channel.
+        """
+        return cls(
+            weight,
+            bias,
+            in_channels=in_channels,
+            kernel_size=pair(kernel_size),
+            stride=pair(stride),
+            padding=padding if isinstance(padding, str) else pair(padding),
+            dilation=pair(dilation),
+            groups=groups,
+            padding_mode=padding_mode,
+        )
+
+    def pack(self, quantized: QuantizedWeight) -> Tensor:
+        geometry = self.geometry
+        layout = pack_conv2d(
+            quantized,
+            in_channels=geometry.in_channels,
+            kernel_size=geometry.kernel_size,
+            stride=geometry.stride,
+            padding=geometry.padding if geometry.padding_mode == "zeros" else (0, 0),
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+        self._described = describe_conv2d(layout)
+        self.kernel = self._described.kernel
+        return layout
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        return unpack_conv2d(self.layout, self.levels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [n, out_channels, h', w'] in the dtype of x [n, in_channels, h, w] (or both without n).
+
+        Raises:
+            BantamweightError: x is not a float32, bfloat16 or float16 tensor on the CPU, is smaller than the kernel,
+                requires a gradient, or holds NaN or infinity.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            self.refuse_gradient()
+        if self.padding_mode != "zeros":
+            x = pad(x, self.geometry.sides, mode=self.padding_mode)
+        found = self._described
+        if is_compiling() or type(x) is not Tensor:
+            return torch.ops.bantamweight.lowbit_conv2d(
+                x,
+                self.layout,
+                self.bias,
+                found.out_channels,
+                found.kernel_size,
+                found.stride,
+                found.padding,
+                found.dilation,
+            )
+        return run_conv2d(x, self.layout, self.bias, found)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, {self.describe()}"
+        )

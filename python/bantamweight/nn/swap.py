@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import BantamweightError
 from .layer import QuantizedLayer
-from .packed import PackedLayer, PackedLinear
-from .simulated import SimulatedLayer, SimulatedLinear
+from .packed import PackedConv2d, PackedLayer, PackedLinear
+from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
 
 log = logging.getLogger(__name__)
 
@@ -101,12 +101,14 @@ def unpack(model: M) -> M:
 
 
 def _packed(layer: SimulatedLayer) -> PackedLayer:
-    if not isinstance(layer, SimulatedLinear):
-        raise BantamweightError(f"there is no packed form of {type(layer).__name__}")
-    return PackedLinear.from_quantized(layer.quantized, layer.bias)
+    if isinstance(layer, SimulatedConv2d):
+        return PackedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
+    return PackedLinear(layer.quantized, layer.bias)
 
 
 def _simulated(layer: PackedLayer) -> SimulatedLayer:
+    if isinstance(layer, PackedConv2d):
+        return SimulatedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
     return SimulatedLinear(layer.quantized, layer.bias)
 
 

@@ -1,0 +1,85 @@
+"""pack and unpack: every layer's form, by name; models that read a layer's weight keep working."""
+
+import pytest
+import torch
+from bantamweight import QuantizedWeight, pack, pack_
+from bantamweight.errors import BantamweightError
+from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear, unpack
+from bantamweight.weights import conv_matrix
+
+
+def simulated(layer: torch.nn.Linear | torch.nn.Conv2d, **arguments: int) -> torch.nn.Module:
+    """The layer rounded to nearest at four bits."""
+    matrix = layer.weight.detach() if layer.weight.ndim == 2 else conv_matrix(layer.weight.detach())
+    scale = matrix.abs().amax(1, keepdim=True) / 7
+    codes = (torch.round(matrix / scale) + 8).to(torch.uint8)
+    w = QuantizedWeight.from_codes(codes, scale, 8.0, levels=16)
+    kind = SimulatedLinear if isinstance(layer, torch.nn.Linear) else SimulatedConv2d
+    return kind.from_float(layer, w, activation_bits=8, **arguments)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_pack_is_a_copy_and_unpack_its_inverse() -> None:
+    net = torch.nn.Sequential(
+        simulated(torch.nn.Conv2d(3, 8, 3)), torch.nn.ReLU(), torch.nn.Flatten(), simulated(torch.nn.Linear(72, 5))
+    ).eval()
+    packed = pack(net)
+    assert isinstance(net[0], SimulatedConv2d) and isinstance(net[3], SimulatedLinear)
+    assert isinstance(packed[0], PackedConv2d) and isinstance(packed[3], PackedLinear)
+    assert not packed[0].training
+    assert [(r.name, r.scheme, r.reason) for r in packed.packing.layers] == [("0", "W4", None), ("3", "W4", None)]
+    assert str(packed.packing) == f"0: W4 {packed[0].kernel}\n3: W4 {packed[3].kernel}"
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(packed(x), net(x), rtol=1e-5, atol=1e-5)
+    back = unpack(packed)
+    assert back[0].quantized.equals(net[0].quantized) and back[3].quantized.equals(net[3].quantized)
+    assert not hasattr(back, "packing") and isinstance(packed[0], PackedConv2d)
+    assert torch.equal(pack(back)(x), packed(x))
+
+
+def test_a_layer_used_twice_stays_one_layer() -> None:
+    layer = simulated(torch.nn.Linear(6, 6))
+    packed = pack_(torch.nn.Sequential(layer, torch.nn.ReLU(), layer))
+    assert packed[0] is packed[2] and len(packed.packing.layers) == 1
+
+
+def test_a_model_that_is_one_layer() -> None:
+    packed = pack(simulated(torch.nn.Linear(6, 4)))
+    assert isinstance(packed, PackedLinear) and packed.packing.layers[0].name == ""
+    assert isinstance(unpack(packed), SimulatedLinear)
+
+
+def test_a_layer_no_kernel_takes_stays_simulated_and_says_why() -> None:
+    w = QuantizedWeight.from_codes(torch.zeros(2, 70000, dtype=torch.uint8), 1.0, 0.0, group_size=68000, levels=16)
+    packed = pack(torch.nn.Sequential(SimulatedLinear(w), simulated(torch.nn.Linear(2, 2))))
+    stayed, changed = packed.packing.layers
+    assert stayed.kernel is None and "no kernel takes a 2x70000 weight" in stayed.reason
+    assert isinstance(packed[0], SimulatedLinear) and changed.kernel is not None
+    assert "simulated, no kernel takes" in str(packed.packing)
+
+
+def test_nothing_to_pack_is_an_error() -> None:
+    with pytest.raises(BantamweightError, match="Sequential has no quantized layer to pack; call quantize first"):
+        pack(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+@torch.no_grad()
+def test_torchs_transformer_runs_packed() -> None:
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    net = torch.nn.TransformerEncoder(layer, 2).eval()
+    for block in net.layers:
+        block.linear1, block.linear2 = simulated(block.linear1), simulated(block.linear2)
+        block.self_attn.out_proj = simulated(block.self_attn.out_proj)
+    packed = pack(net)
+    reasons = {record.name: record.reason for record in packed.packing.layers}
+    assert reasons["layers.0.linear1"] is None
+    assert reasons["layers.1.self_attn.out_proj"] == "the module above it reads its float weight"
+    x = torch.randn(2, 5, 32)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    for block in net.layers:  # the float fast path would skip the rounding of the activations
+        block.activation_relu_or_gelu = 0
+    torch.testing.assert_close(packed(x), net(x), rtol=1e-4, atol=1e-4)
+    net.use_nested_tensor = False
+    expected = net(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(packed(x, src_key_padding_mask=mask), expected, rtol=1e-4, atol=1e-4)
