@@ -2,8 +2,16 @@
 //
 // 16 of its quads, 64 k of 64 channels, are four B tiles of 16 channels once the nested masks are
 // applied; an A tile is 16 activation rows x 64 k as they lie in memory. At 2 bits each 64-byte row
-// of the weights costs 1 load, 3 and, 3 stores into a buffer that stays in L1, and 1/16 of four tile
-// loads; the fourth B tile is the row itself, loaded from where it lies. A few rows run on VNNI.
+// of the weights costs 1 load, 3 and, 3 stores into a ring that stays in L1, and its share of four
+// tile loads; the fourth B tile is the row itself, loaded from where it lies. One or two rows run on
+// VNNI.
+//
+// A chunk (4 tile products, 64 cycles) takes about as long on the store port, so everything is one
+// stream over (row tile, block, chunk): while a chunk is multiplied, the one two steps on is
+// unpacked, and the sums of the previous group are turned into floats.
+//
+// Tried and slower: unpacking once for many row tiles. The unpacked weights (4 KB a chunk) outgrow L1
+// and the stores into L2 cost more than unpacking again for every 16 rows.
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -12,19 +20,11 @@
 namespace bantamweight {
 namespace {
 
-constexpr int64_t kTileRows = 16, kChunkK = 64, kChunkQuads = kChunkK / 4, kTileBytes = 1024;
-constexpr int64_t kPanelRows = 128;     // rows that share one unpacking of the weights
-constexpr int64_t kSegmentChunks = 16;  // chunks unpacked at once: 64 KB
-constexpr int64_t kSlotBytes = 4 * kTileBytes;
-// Below this many rows VNNI, which neither stores nor loads the unpacked weights again, is faster.
+constexpr int64_t kBlockN = 64, kTileRows = 16, kTileBytes = 1024, kTileSums = kTileRows * kBlockN;
+constexpr int64_t kChunkQuads = 16;  // 64 k
+constexpr int64_t kAhead = 2, kRing = kAhead + 1;
+// With fewer rows VNNI, which does not store and load the unpacked weights again, is faster.
 constexpr int64_t kMinRows = 3;
-
-// Up to 64 k of one piece, as four B tiles.
-struct Chunk {
-  int64_t row_offset;  // of its activations
-  const uint8_t* raw;  // its quads, zeros past the end of the piece
-  uint8_t* slot;       // its masked tiles
-};
 
 // Written with memory clobbers: the compiler sees neither what a tile load reads nor what a store writes.
 #define TILE_LOAD(tile, address, stride) \
@@ -37,133 +37,54 @@ struct Chunk {
 #define TILE_MULTIPLY(sum, activations, codes) \
   __asm__ volatile("tdpbsud %%tmm" #codes ", %%tmm" #activations ", %%tmm" #sum::: "memory")
 
-// Tiles 0 .. 3 hold sums, 4 and 5 activations, 6 and 7 codes (5 too where one row tile is in use).
-// upper: rows of the tiles of the first 16 rows of a pair; lower: of the second, 0 for none.
-void configure(int64_t upper, int64_t lower) {
+// Tiles 0 .. 3 hold the sums and 4 the activations of `rows` rows; 5 .. 7 hold codes.
+void configure(int64_t rows) {
   alignas(64) uint8_t config[64] = {};
-  config[0] = 1;                                        // palette
-  for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64;  // bytes a row
-  const bool pair = lower > 0;
-  const int64_t height[8] = {
-      upper, upper, pair ? lower : upper, pair ? lower : upper, upper, pair ? lower : kTileRows, kTileRows, kTileRows};
-  for (int t = 0; t < 8; ++t) config[48 + t] = static_cast<uint8_t>(height[t]);
+  config[0] = 1;  // palette
+  for (int t = 0; t < 8; ++t) {
+    config[16 + 2 * t] = 64;  // bytes a row
+    config[48 + t] = static_cast<uint8_t>(t < 5 ? rows : kTileRows);
+  }
   __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
 
-template <int kBits>
-inline const uint8_t* codes_tile(const Chunk& chunk, int j) {
-  if (kBits == 2) return j == 3 ? chunk.raw : chunk.slot + kTileBytes * j;
-  if (kBits == 4) return j % 2 == 1 ? chunk.raw + 64 * (j / 2) : chunk.slot + kTileBytes * (j / 2);
-  return chunk.raw + 64 * j;
-}
-
-template <int kBits>
-constexpr int64_t codes_stride(int j) {
-  return kBits == 2 ? 64 : kBits == 4 ? (j % 2 == 1 ? 128 : 64) : 256;
-}
-
-// Fills the slot of a chunk that has `quads` quads at `weight`.
-template <int kBits>
-inline void unpack(const uint8_t* weight, int64_t quads, Chunk* chunk) {
-  constexpr int64_t kStep = 32 * kBits, kMasked = kBits == 2 ? 3 : kBits == 4 ? 2 : 0, kPrefetch = 2048;
-  chunk->raw = weight;
-  if (quads < kChunkQuads) {
-    uint8_t* padded = chunk->slot + kMasked * kTileBytes;
-    for (int64_t i = 0; i < kChunkQuads * kStep; i += 64) {
-      const __m512i row = i < quads * kStep ? _mm512_load_si512(weight + i) : _mm512_setzero_si512();
-      _mm512_store_si512(padded + i, row);
-    }
-    chunk->raw = padded;
-  }
-  const __m512i low2 = _mm512_set1_epi8(0x03), low4 = _mm512_set1_epi8(0x0f), low6 = _mm512_set1_epi8(0x3f);
-  uint8_t* to = chunk->slot;
-#pragma GCC unroll 4
-  for (int64_t q = 0; q < kChunkQuads; ++q, to += 64) {
-    const uint8_t* from = chunk->raw + q * kStep;
-    for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(weight + q * kStep + line + kPrefetch, _MM_HINT_T0);
-    if constexpr (kBits == 2) {
-      const __m512i x = _mm512_load_si512(from);
-      _mm512_store_si512(to, _mm512_and_si512(x, low2));
-      _mm512_store_si512(to + kTileBytes, _mm512_and_si512(x, low4));
-      _mm512_store_si512(to + 2 * kTileBytes, _mm512_and_si512(x, low6));
-    } else if constexpr (kBits == 4) {
-      _mm512_store_si512(to, _mm512_and_si512(_mm512_load_si512(from), low4));
-      _mm512_store_si512(to + kTileBytes, _mm512_and_si512(_mm512_load_si512(from + 64), low4));
-    }
-  }
-}
-
-// Where the A tiles of 16 rows lie: chunk c at base + offset[c], rows `stride` bytes apart.
-struct RowTile {
-  const int8_t* base;
-  int64_t stride;
-  const int64_t* offset;
+// Up to 64 k within one piece of a block.
+struct Chunk {
+  int64_t row_offset;     // of its activations
+  int64_t weight_offset;  // of its codes in the block
+  int32_t quads;          // 1 .. 16
+  int32_t group;
+  bool begins_group, ends_group;
 };
+constexpr int64_t kMaxChunks = 512;  // a block with more of them runs on VNNI
 
-template <int kBits>
-inline void multiply_1x4(const Chunk& chunk, const int8_t* activations, int64_t stride) {
-  TILE_LOAD(4, activations, stride);
-  TILE_LOAD(5, codes_tile<kBits>(chunk, 0), codes_stride<kBits>(0));
-  TILE_MULTIPLY(0, 4, 5);
-  TILE_LOAD(6, codes_tile<kBits>(chunk, 1), codes_stride<kBits>(1));
-  TILE_MULTIPLY(1, 4, 6);
-  TILE_LOAD(7, codes_tile<kBits>(chunk, 2), codes_stride<kBits>(2));
-  TILE_MULTIPLY(2, 4, 7);
-  TILE_LOAD(5, codes_tile<kBits>(chunk, 3), codes_stride<kBits>(3));
-  TILE_MULTIPLY(3, 4, 5);
+constexpr KPiece kOneQuad = {0, 4, 0, 0};
+
+int64_t quads_of(const KPiece& piece) { return (piece.k_size + 3) / 4; }
+
+int64_t count_chunks(const TileTask& task) {
+  int64_t count = 0;
+  for (int64_t p = 0; p < task.piece_count; ++p) count += (quads_of(task.pieces[p]) + kChunkQuads - 1) / kChunkQuads;
+  return count;
 }
 
-inline void start_1x4(bool zero, const int32_t* sums) {
-  if (zero) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  } else {
-    TILE_LOAD(0, sums, 256);
-    TILE_LOAD(1, sums + 16, 256);
-    TILE_LOAD(2, sums + 32, 256);
-    TILE_LOAD(3, sums + 48, 256);
+void list_chunks(const TileTask& task, int64_t quad_bytes, Chunk* chunk) {
+  int64_t weight_offset = 0;
+  for (int64_t p = 0; p < task.piece_count; ++p) {
+    const KPiece& piece = task.pieces[p];
+    const bool first = p == 0 || task.pieces[p - 1].group != piece.group;
+    const bool last = p + 1 == task.piece_count || task.pieces[p + 1].group != piece.group;
+    const int64_t quads = quads_of(piece);
+    for (int64_t q = 0; q < quads; q += kChunkQuads, ++chunk) {
+      chunk->row_offset = piece.row_offset + 4 * q;
+      chunk->weight_offset = weight_offset;
+      chunk->quads = static_cast<int32_t>(quads - q < kChunkQuads ? quads - q : kChunkQuads);
+      chunk->group = static_cast<int32_t>(piece.group);
+      chunk->begins_group = first && q == 0;
+      chunk->ends_group = last && q + kChunkQuads >= quads;
+      weight_offset += chunk->quads * quad_bytes;
+    }
   }
-}
-
-inline void store_1x4(int32_t* sums) {
-  TILE_STORE(0, sums, 256);
-  TILE_STORE(1, sums + 16, 256);
-  TILE_STORE(2, sums + 32, 256);
-  TILE_STORE(3, sums + 48, 256);
-}
-
-// 32 rows against the channels of B tiles kJ and kJ + 1 over a segment.
-template <int kBits, int kJ>
-inline void multiply_2x2(const Chunk* chunks, int64_t count, const RowTile& upper, const RowTile& lower, bool zero,
-                         int32_t* sums) {
-  int32_t* below = sums + kTileRows * 64;
-  if (zero) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  } else {
-    TILE_LOAD(0, sums + 16 * kJ, 256);
-    TILE_LOAD(1, sums + 16 * kJ + 16, 256);
-    TILE_LOAD(2, below + 16 * kJ, 256);
-    TILE_LOAD(3, below + 16 * kJ + 16, 256);
-  }
-  for (int64_t c = 0; c < count; ++c) {
-    TILE_LOAD(4, upper.base + upper.offset[c], upper.stride);
-    TILE_LOAD(6, codes_tile<kBits>(chunks[c], kJ), codes_stride<kBits>(kJ));
-    TILE_MULTIPLY(0, 4, 6);
-    TILE_LOAD(7, codes_tile<kBits>(chunks[c], kJ + 1), codes_stride<kBits>(kJ + 1));
-    TILE_MULTIPLY(1, 4, 7);
-    TILE_LOAD(5, lower.base + lower.offset[c], lower.stride);
-    TILE_MULTIPLY(2, 5, 6);
-    TILE_MULTIPLY(3, 5, 7);
-  }
-  TILE_STORE(0, sums + 16 * kJ, 256);
-  TILE_STORE(1, sums + 16 * kJ + 16, 256);
-  TILE_STORE(2, below + 16 * kJ, 256);
-  TILE_STORE(3, below + 16 * kJ + 16, 256);
 }
 
 // Bytes from each row to the next, or 0 if they are not equally spaced.
@@ -176,165 +97,215 @@ int64_t equal_spacing(const int8_t* const* rows, int64_t count) {
   return stride;
 }
 
-// The 64-k chunks of one group, walked through in segments.
-struct Walk {
-  const TileTask& task;
-  const uint8_t* weight;
-  int64_t piece = 0, quad = 0;  // the next chunk starts here
+// A quarter of a chunk, 4 quads, from raw codes to masked tiles.
+template <int kBits>
+inline void unpack(const uint8_t* raw, uint8_t* masked, int64_t quarter) {
+  constexpr int64_t kStep = 32 * kBits;
+  const __m512i low2 = _mm512_set1_epi8(0x03), low4 = _mm512_set1_epi8(0x0f), low6 = _mm512_set1_epi8(0x3f);
+  const uint8_t* from = raw + 4 * quarter * kStep;
+  uint8_t* to = masked + 4 * quarter * 64;
+#pragma GCC unroll 4
+  for (int64_t q = 0; q < 4; ++q, from += kStep, to += 64) {
+    if constexpr (kBits == 2) {
+      const __m512i x = _mm512_load_si512(from);
+      _mm512_store_si512(to, _mm512_and_si512(x, low2));
+      _mm512_store_si512(to + kTileBytes, _mm512_and_si512(x, low4));
+      _mm512_store_si512(to + 2 * kTileBytes, _mm512_and_si512(x, low6));
+    } else if constexpr (kBits == 4) {
+      _mm512_store_si512(to, _mm512_and_si512(_mm512_load_si512(from), low4));
+      _mm512_store_si512(to + kTileBytes, _mm512_and_si512(_mm512_load_si512(from + 64), low4));
+    }
+  }
+}
 
-  bool at_end_of_group(int64_t group) const { return piece == task.piece_count || task.pieces[piece].group != group; }
+template <int kBits>
+inline const uint8_t* codes_tile(const uint8_t* raw, const uint8_t* masked, int j) {
+  if (kBits == 2) return j == 3 ? raw : masked + kTileBytes * j;
+  if (kBits == 4) return j % 2 == 1 ? raw + 64 * (j / 2) : masked + kTileBytes * (j / 2);
+  return raw + 64 * j;
+}
+
+template <int kBits>
+constexpr int64_t codes_stride(int j) {
+  return kBits == 2 ? 64 : kBits == 4 ? (j % 2 == 1 ? 128 : 64) : 256;
+}
+
+// Sums of a group on their way to the outputs, a few rows at a time.
+template <int kBits>
+struct Pending {
+  const TileTask* task;
+  int64_t group, first_row;
+  int64_t row = 0, rows = 0;  // rows [row, rows) are still to do
+  const int32_t* sums;
+  float* partial;  // [16][64], carried from group to group
+
+  void finish(int64_t count) {
+    if (row == rows) return;
+    const int64_t now = rows - row < count ? rows - row : count;
+    finish_group<kBits>(*task, group, first_row + row, now, sums + row * kBlockN, partial + row * kBlockN);
+    row += now;
+    // Stores that miss L1 hold up every store behind them: fetch the lines of the rows that follow.
+    for (int64_t r = row; r < row + now && r < rows; ++r) {
+      const float* y = task->y + (first_row + r) * task->ldy;
+      for (int64_t n = 0; n < kBlockN; n += 16) __asm__ volatile("prefetchw %0" ::"m"(y[n]));
+    }
+  }
 };
 
-inline int64_t quads_of(const KPiece& piece) { return (piece.k_size + 3) / 4; }
-
-// Takes the next chunk into `chunk` (whose slot is set) and unpacks it.
-template <int kBits>
-inline void next_chunk(Walk* walk, Chunk* chunk) {
-  const KPiece& piece = walk->task.pieces[walk->piece];
-  const int64_t left = quads_of(piece) - walk->quad, quads = left < kChunkQuads ? left : kChunkQuads;
-  chunk->row_offset = piece.row_offset + 4 * walk->quad;
-  unpack<kBits>(walk->weight, quads, chunk);
-  walk->weight += quads * 32 * kBits;
-  walk->quad += quads;
-  if (quads == left) {
-    ++walk->piece;
-    walk->quad = 0;
-  }
+// The task of the block that follows.
+void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
+  *channels -= kBlockN;
+  task->weight += block_bytes;
+  task->scale += task->groups * kBlockN;
+  if (task->zero_scale != nullptr) task->zero_scale += task->groups * kBlockN;
+  if (task->bias != nullptr) task->bias += kBlockN;
+  task->y += kBlockN;
+  task->block_n_valid = *channels < kBlockN ? *channels : kBlockN;
 }
 
-// Copies the activations of a segment for rows that are not equally spaced: [chunk][16 rows][64].
-void gather(const int8_t* const* rows, int64_t count, const Chunk* chunks, int64_t chunk_count, int8_t* to) {
-  for (int64_t c = 0; c < chunk_count; ++c) {
-    for (int64_t r = 0; r < count; ++r) {
-      _mm512_store_si512(to + c * kTileBytes + r * 64, _mm512_loadu_si512(rows[r] + chunks[c].row_offset));
-    }
-  }
-}
-
-// At most 16 rows: every chunk is unpacked two steps before its tiles are loaded and then forgotten.
+// `rows` rows (at most 16) from `first_row` on against every block.
 template <int kBits>
-void run_one_tile(const TileTask& task) {
-  constexpr int64_t kAhead = 2, kRing = 4;
-  alignas(64) uint8_t slots[kRing * kSlotBytes];
-  alignas(64) int8_t gathered[kRing * kTileBytes];
-  alignas(64) int32_t sums[kTileRows * 64];
-  alignas(64) float partial[kTileRows * 64];
-  const int64_t rows = task.row_count, stride = equal_spacing(task.rows, rows);
-  configure(rows, 0);
-  Walk walk = {task, task.weight};
-  Chunk ring[kRing];
-  for (int64_t i = 0; i < kRing; ++i) ring[i].slot = slots + i * kSlotBytes;
-  while (walk.piece < task.piece_count) {
-    const int64_t group = task.pieces[walk.piece].group;
-    start_1x4(true, nullptr);
-    for (int64_t unpacked = 0, done = 0;;) {
-      if (!walk.at_end_of_group(group)) {
-        Chunk* chunk = &ring[unpacked % kRing];
-        next_chunk<kBits>(&walk, chunk);
-        if (stride == 0) gather(task.rows, rows, chunk, 1, gathered + unpacked % kRing * kTileBytes);
-        ++unpacked;
-        if (unpacked - done <= kAhead) continue;
+void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels, const Chunk* chunks,
+              int64_t chunk_count, int64_t first_row, int64_t rows) {
+  constexpr int64_t kStep = 32 * kBits;
+  alignas(64) uint8_t masked[kRing * 3 * kTileBytes];
+  alignas(64) uint8_t padded[kRing * kChunkQuads * kStep];
+  alignas(64) int8_t gathered[kTileBytes];
+  alignas(64) int32_t sums[kTileSums];
+  alignas(64) float partial[kTileSums];
+  const uint8_t* raw[kRing];
+  const int8_t* const* row = first.rows + first_row;
+  const int64_t stride = equal_spacing(row, rows);
+  // So many rows are finished in each half chunk that a group is done when the next one ends.
+  const int64_t finish_rows = (rows * first.groups + 2 * chunk_count - 1) / (2 * chunk_count);
+  Pending<kBits> pending;
+  pending.partial = partial;
+
+  // The chunk that is unpacked next.
+  const uint8_t* ahead_weight = first.weight;
+  int64_t ahead_chunk = 0, ahead_left = chunk_count * block_count;
+  const auto next_raw = [&](int64_t slot) {
+    const Chunk& chunk = chunks[ahead_chunk];
+    raw[slot] = ahead_weight + chunk.weight_offset;
+    if (chunk.quads < kChunkQuads) {
+      uint8_t* to = padded + slot * kChunkQuads * kStep;
+      for (int64_t i = 0; i < kChunkQuads * kStep; i += 64) {
+        const __m512i line = i < chunk.quads * kStep ? _mm512_load_si512(raw[slot] + i) : _mm512_setzero_si512();
+        _mm512_store_si512(to + i, line);
       }
-      if (done == unpacked) break;
-      const Chunk& chunk = ring[done % kRing];
-      const int8_t* activations = stride == 0 ? gathered + done % kRing * kTileBytes : task.rows[0] + chunk.row_offset;
-      multiply_1x4<kBits>(chunk, activations, stride == 0 ? 64 : stride);
-      ++done;
+      raw[slot] = to;
     }
-    store_1x4(sums);
-    finish_group<kBits>(task, group, 0, rows, sums, partial);
-  }
-}
-
-// Up to 128 rows: each segment is unpacked once and used by every pair of row tiles.
-template <int kBits>
-void run_panel(const TileTask& task, int64_t panel_begin, int64_t panel_rows) {
-  alignas(64) uint8_t slots[kSegmentChunks * kSlotBytes];
-  alignas(64) int8_t gathered[2 * kSegmentChunks * kTileBytes];
-  alignas(64) int32_t sums[kPanelRows * 64];
-  alignas(64) float partial[kPanelRows * 64];
-  const int8_t* const* rows = task.rows + panel_begin;
-  Chunk chunks[kSegmentChunks];
-  int64_t row_offset[kSegmentChunks], gathered_offset[kSegmentChunks];
-  for (int64_t c = 0; c < kSegmentChunks; ++c) {
-    chunks[c].slot = slots + c * kSlotBytes;
-    gathered_offset[c] = c * kTileBytes;
-  }
-  const int64_t tiles = (panel_rows + kTileRows - 1) / kTileRows;
-  const auto height = [&](int64_t tile) {
-    const int64_t left = panel_rows - tile * kTileRows;
-    return left < kTileRows ? left : kTileRows;
+    --ahead_left;
+    if (++ahead_chunk == chunk_count) {
+      ahead_chunk = 0;
+      ahead_weight += block_bytes;
+    }
   };
-  int64_t stride[kPanelRows / kTileRows];
-  for (int64_t t = 0; t < tiles; ++t) stride[t] = equal_spacing(rows + t * kTileRows, height(t));
-
-  Walk walk = {task, task.weight};
-  int64_t configured_upper = 0, configured_lower = 0;
-  while (walk.piece < task.piece_count) {
-    const int64_t group = task.pieces[walk.piece].group;
-    for (bool first = true; !walk.at_end_of_group(group); first = false) {
-      int64_t count = 0;
-      for (; count < kSegmentChunks && !walk.at_end_of_group(group); ++count) {
-        next_chunk<kBits>(&walk, &chunks[count]);
-        row_offset[count] = chunks[count].row_offset;
-      }
-      for (int64_t t = 0; t < tiles; t += 2) {
-        RowTile tile[2];
-        for (int64_t i = 0; i < 2 && t + i < tiles; ++i) {
-          const int8_t* const* tile_rows = rows + (t + i) * kTileRows;
-          int8_t* copy = gathered + i * kSegmentChunks * kTileBytes;
-          if (stride[t + i] == 0) gather(tile_rows, height(t + i), chunks, count, copy);
-          tile[i] = stride[t + i] == 0 ? RowTile{copy, 64, gathered_offset}
-                                       : RowTile{tile_rows[0], stride[t + i], row_offset};
-        }
-        const int64_t upper = height(t), lower = t + 1 < tiles ? height(t + 1) : 0;
-        if (upper != configured_upper || lower != configured_lower) {
-          configure(upper, lower);
-          configured_upper = upper;
-          configured_lower = lower;
-        }
-        int32_t* tile_sums = sums + t * kTileRows * 64;
-        if (lower > 0) {
-          multiply_2x2<kBits, 0>(chunks, count, tile[0], tile[1], first, tile_sums);
-          multiply_2x2<kBits, 2>(chunks, count, tile[0], tile[1], first, tile_sums);
-        } else {
-          start_1x4(first, tile_sums);
-          for (int64_t c = 0; c < count; ++c) {
-            multiply_1x4<kBits>(chunks[c], tile[0].base + tile[0].offset[c], tile[0].stride);
-          }
-          store_1x4(tile_sums);
-        }
-      }
-    }
-    finish_group<kBits>(task, group, panel_begin, panel_rows, sums, partial);
-  }
-}
-
-template <int kBits>
-void run_bits(const TileTask& task) {
-  if (task.row_count <= kTileRows) {
-    run_one_tile<kBits>(task);
-  } else {
-    for (int64_t begin = 0; begin < task.row_count; begin += kPanelRows) {
-      const int64_t left = task.row_count - begin;
-      run_panel<kBits>(task, begin, left < kPanelRows ? left : kPanelRows);
+  for (int64_t slot = 0; slot < kAhead && ahead_left > 0; ++slot) {
+    next_raw(slot);
+    for (int64_t quarter = 0; quarter < 4; ++quarter) {
+      unpack<kBits>(raw[slot], masked + slot * 3 * kTileBytes, quarter);
     }
   }
-  // Nothing of the tiles is left behind: the next context switch need not save them.
-  __asm__ volatile("tilerelease" ::: "memory");
+
+  TileTask tasks[2] = {first, first};  // in turn: the last sums of a block are finished during the next
+  int64_t slot = 0;
+  for (int64_t b = 0; b < block_count; ++b) {
+    TileTask& task = tasks[b % 2];
+    if (b > 0) {
+      task = tasks[(b + 1) % 2];
+      advance(&task, block_bytes, &channels);
+    }
+    for (int64_t c = 0; c < chunk_count; ++c) {
+      const Chunk& chunk = chunks[c];
+      const int64_t ahead_slot = slot == 0 ? kRing - 1 : slot - 1;
+      const bool more = ahead_left > 0;
+      if (more) next_raw(ahead_slot);
+      const uint8_t* ahead = raw[ahead_slot];
+      uint8_t* ahead_masked = masked + ahead_slot * 3 * kTileBytes;
+      const uint8_t* codes = raw[slot];
+      const uint8_t* codes_masked = masked + slot * 3 * kTileBytes;
+      if (chunk.begins_group) {
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+      }
+      if (stride != 0) {
+        TILE_LOAD(4, row[0] + chunk.row_offset, stride);
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          _mm512_store_si512(gathered + r * 64, _mm512_loadu_si512(row[r] + chunk.row_offset));
+        }
+        TILE_LOAD(4, gathered, 64);
+      }
+      TILE_LOAD(5, codes_tile<kBits>(codes, codes_masked, 0), codes_stride<kBits>(0));
+      TILE_MULTIPLY(0, 4, 5);
+      if (more) unpack<kBits>(ahead, ahead_masked, 0);
+      TILE_LOAD(6, codes_tile<kBits>(codes, codes_masked, 1), codes_stride<kBits>(1));
+      TILE_MULTIPLY(1, 4, 6);
+      if (more) unpack<kBits>(ahead, ahead_masked, 1);
+      pending.finish(finish_rows);
+      TILE_LOAD(7, codes_tile<kBits>(codes, codes_masked, 2), codes_stride<kBits>(2));
+      TILE_MULTIPLY(2, 4, 7);
+      if (more) unpack<kBits>(ahead, ahead_masked, 2);
+      TILE_LOAD(5, codes_tile<kBits>(codes, codes_masked, 3), codes_stride<kBits>(3));
+      TILE_MULTIPLY(3, 4, 5);
+      if (more) unpack<kBits>(ahead, ahead_masked, 3);
+      pending.finish(finish_rows);
+      slot = slot == kRing - 1 ? 0 : slot + 1;
+      if (chunk.ends_group) {
+        pending.finish(rows);
+        TILE_STORE(0, sums, 4 * kBlockN);
+        TILE_STORE(1, sums + 16, 4 * kBlockN);
+        TILE_STORE(2, sums + 32, 4 * kBlockN);
+        TILE_STORE(3, sums + 48, 4 * kBlockN);
+        pending.task = &task;
+        pending.group = chunk.group;
+        pending.first_row = first_row;
+        pending.row = 0;
+        pending.rows = rows;
+        pending.sums = sums;
+      }
+    }
+  }
+  pending.finish(rows);
 }
 
-void run(int bits, const TileTask& task) {
-  if (task.row_count < kMinRows || task.piece_count == 0) {
+void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes, int64_t channels, int64_t first_row) {
+  task.rows += first_row;
+  task.row_scale += first_row;
+  task.row_sums += first_row * task.groups;
+  task.row_count -= first_row;
+  task.y += first_row * task.ldy;
+  for (int64_t b = 0; b < block_count; ++b) {
     linear_kernel_avx512_vnni()->run(bits, task);
-  } else if (bits == 2) {
-    run_bits<2>(task);
-  } else if (bits == 8) {
-    run_bits<8>(task);
-  } else {
-    run_bits<4>(task);
+    advance(&task, block_bytes, &channels);
   }
 }
+
+void run_blocks(int bits, const TileTask& task, int64_t block_count, int64_t block_bytes, int64_t channels) {
+  const int64_t chunk_count = count_chunks(task), tail = task.row_count % kTileRows;
+  // The rows from here on are too few for a tile.
+  const int64_t end = chunk_count == 0 || chunk_count > kMaxChunks ? 0 : task.row_count - (tail < kMinRows ? tail : 0);
+  if (end > 0) {
+    Chunk chunks[kMaxChunks];
+    list_chunks(task, linear_kernel_avx512_vnni()->block_bytes(bits, &kOneQuad, 1), chunks);
+    int64_t configured = 0;
+    for (int64_t row = 0; row < end; row += kTileRows) {
+      const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
+      if (rows != configured) configure(rows);
+      configured = rows;
+      const auto run_tile_bits = bits == 2 ? run_tile<2> : bits == 8 ? run_tile<8> : run_tile<4>;
+      run_tile_bits(task, block_count, block_bytes, channels, chunks, chunk_count, row, rows);
+    }
+    // Nothing of the tiles is left behind: the next context switch need not save them.
+    __asm__ volatile("tilerelease" ::: "memory");
+  }
+  if (end < task.row_count) run_vnni(bits, task, block_count, block_bytes, channels, end);
+}
+
+void run(int bits, const TileTask& task) { run_blocks(bits, task, 1, 0, task.block_n_valid); }
 
 // The layout is avx512_vnni's. These forward at the call because this file's accessor, which runs on
 // any CPU, may do no more than return an address.
@@ -354,7 +325,7 @@ void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uin
   linear_kernel_avx512_vnni()->unpack_block(bits, pieces, piece_count, block, ldk, valid_n, codes);
 }
 
-constexpr LinearKernel kernel = {Isa::amx, 64, block_bytes, lane_factor, pack_block, unpack_block, run};
+constexpr LinearKernel kernel = {Isa::amx, 64, block_bytes, lane_factor, pack_block, unpack_block, run, run_blocks};
 
 }  // namespace
 

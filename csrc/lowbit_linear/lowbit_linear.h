@@ -107,6 +107,10 @@ struct LinearKernel {
   void (*unpack_block)(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, int64_t ldk,
                        int64_t valid_n, uint8_t* codes);
   void (*run)(int bits, const TileTask& task);
+  // Optional: `block_count` blocks in a row, `block_bytes` apart, of which `task` is the first and
+  // `channels` the number from there on. A variant that can overlap one block with the next has it.
+  void (*run_blocks)(int bits, const TileTask& task, int64_t block_count, int64_t block_bytes, int64_t channels) =
+      nullptr;
 };
 
 // Null if this build has no such variant.

@@ -49,6 +49,14 @@ Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, 
   return at;
 }
 
+int64_t max_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // True if every zero is the same integer that the codes can hold.
 bool find_uniform_zero(int bits, const float* zero, int64_t count, int32_t* uniform) {
   const float first = count > 0 ? zero[0] : 0.0f;
@@ -175,19 +183,25 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
 
 void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
                      int64_t row_count, const float* bias, float* y, int64_t ldy) {
-  // A chunk is some rows, whose activations stay in L2, against some blocks: about a million
-  // multiply-adds, small enough that a thread which was preempted holds the others up little.
-  constexpr int64_t kActivationBytes = 384 << 10, kMacsPerChunk = 1 << 20;
+  // A chunk is some rows, whose activations stay in L2, against some blocks, whose codes stay there
+  // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
+  // two, so that one which was preempted holds the others up little.
+  constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10;
+  constexpr int64_t kMinMacs = 1 << 18, kMaxMacs = 1 << 24;
   const int64_t block_n = view.kernel->block_n, blocks = blocks_of(*view.kernel, view.n);
   int64_t k = 0;
   for (int64_t p = 0; p < view.piece_count; ++p) k += view.pieces[p].k_size;
   const int64_t rows_fit = std::max<int64_t>(64, kActivationBytes / std::max<int64_t>(1, k) / 64 * 64);
   const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
+  const int64_t threads = max_threads();
   const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
-  const int64_t blocks_per_chunk = std::max<int64_t>(1, kMacsPerChunk / macs_per_block);
+  const int64_t share = macs_per_block * blocks * row_chunks / (2 * threads);
+  const int64_t macs = threads == 1 ? kMaxMacs : std::clamp(share, kMinMacs, kMaxMacs);
+  const int64_t blocks_fit = kWeightBytes / std::max<int64_t>(1, view.block_bytes);
+  const int64_t blocks_per_chunk = std::max<int64_t>(1, std::min(macs / macs_per_block, blocks_fit));
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
   const int64_t chunks = row_chunks * block_chunks;
-#pragma omp parallel for schedule(dynamic) if (chunks > 1)
+#pragma omp parallel for schedule(dynamic) if (chunks > 1 && threads > 1)
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t row_begin = c / block_chunks * rows_fit, block_begin = c % block_chunks * blocks_per_chunk;
     const int64_t block_end = std::min(blocks, block_begin + blocks_per_chunk);
@@ -218,6 +232,10 @@ void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, c
     task.bias = bias == nullptr ? nullptr : bias + b * block_n;
     task.y = y + b * block_n;
     task.block_n_valid = std::min(block_n, view.n - b * block_n);
+    if (view.kernel->run_blocks != nullptr) {
+      view.kernel->run_blocks(view.bits, task, block_end - b, view.block_bytes, view.n - b * block_n);
+      return;
+    }
     view.kernel->run(view.bits, task);
   }
 }
