@@ -25,6 +25,7 @@ class LayerRecord:
     packing: str
     zero: float | None = None
     bias: bool = False
+    activation_bits: int | None = None  # of the simulated form
     conv: ConvGeometry | None = None
 
     @property
@@ -54,7 +55,7 @@ class ModelHeader:
         same_layer: a second name of a layer that the model uses twice -> the name in `layers`.
         same_tensor: a second name of a tied tensor -> the name in the file.
         folded: BatchNorm that was folded away -> the layer it was folded into.
-        quantization: what the quantizer reported, as plain JSON.
+        quantization: what the quantizer reported, less what the records in `layers` say.
         extra: what the caller of `save` added.
     """
 
@@ -167,6 +168,9 @@ class _Check:
             self.fail(f"{here}'s zero", zero, "a finite number or null")
         if not isinstance(raw.get("bias", False), bool):
             self.fail(f"{here}'s bias", raw["bias"], "true or false")
+        activations = raw.get("activation_bits")
+        if activations is not None and (isinstance(activations, bool) or activations != 8):
+            self.fail(f"{here}'s activation_bits", activations, "8 or null")
         return LayerRecord(
             kind=kind,
             shape=self.pair(raw.get("shape"), f"{here}'s shape", 0),
@@ -175,6 +179,7 @@ class _Check:
             packing=self.choice(raw.get("packing"), f"{here}'s packing", (packing_for(levels).name,)),
             zero=None if zero is None else float(zero),
             bias=raw.get("bias", False),
+            activation_bits=activations,
             conv=self.conv(raw.get("conv"), here) if kind == "conv2d" else None,
         )
 

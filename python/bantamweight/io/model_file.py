@@ -58,6 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
             packing=packing_for(weight.levels).name,
             zero=weight.uniform_zero,
             bias=layer.bias is not None,
+            activation_bits=layer.activation_bits,
             conv=geometry,
         )
         held = {"codes": pack_codes(weight.codes, weight.levels), "scale": weight.scale, "zero": weight.zero}
@@ -88,7 +89,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
         same_layer=same_layer,
         same_tensor=same_tensor,
         folded=dict(getattr(model, "folded_batchnorms", {})),
-        quantization=_plain(getattr(model, "quantization", {}), digits=6),  # measured errors; bytes count
+        quantization=_report_of(model),
         extra=_plain(extra or {}),
     )
     whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
@@ -224,8 +225,8 @@ def _read_layer(file: _Reader, name: str, record: LayerRecord) -> QuantizedLayer
             levels=record.levels,
         )
         if record.conv is None:
-            return SimulatedLinear(weight, held.get("bias"))
-        return SimulatedConv2d(weight, held.get("bias"), **vars(record.conv))
+            return SimulatedLinear(weight, held.get("bias"), activation_bits=record.activation_bits)
+        return SimulatedConv2d(weight, held.get("bias"), activation_bits=record.activation_bits, **vars(record.conv))
     except BantamweightError as error:
         raise FormatError(f"{file.path}: layer {name!r}: {error}") from None
 
@@ -315,6 +316,17 @@ def _shape_words(shape: tuple[int, int], conv: ConvGeometry | None) -> str:
     if conv is None:
         return f"linear {shape[0]}x{shape[1]}"
     return f"conv2d of {shape[0]} channels out, {', '.join(f'{k} {v}' for k, v in vars(conv).items())}"
+
+
+def _report_of(model: nn.Module) -> dict[str, Any]:
+    """The quantizer's report without what the layer records say already: in a small model's file bytes count."""
+    report = _plain(getattr(model, "quantization", {}), digits=5)
+    for layer in report.get("layers", ()):
+        for key in ("kind", "shape", "scheme", "bits", "levels", "group_size", "seconds"):
+            layer.pop(key, None)
+        if not layer.get("notes", True):
+            del layer["notes"]
+    return report
 
 
 def _plain(value: Any, digits: int = 17) -> Any:

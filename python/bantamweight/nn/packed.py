@@ -23,6 +23,7 @@ class PackedLayer(QuantizedLayer):
     """A kernel's layout and a bias, and their addresses as plain ints: a call must cost little more than the kernel."""
 
     form = "packed"
+    activation_bits = 8
     layout: Tensor
     kernel: str
     levels: int

@@ -89,7 +89,10 @@ def pack_(model: M) -> M:
 
 
 def unpack(model: M) -> M:
-    """A copy of the model with every packed layer in its simulated form (float inputs), the inverse of `pack`."""
+    """A copy of the model with every packed layer in its simulated form, the inverse of `pack`.
+
+    The simulated layers round their inputs to int8 as the packed ones do (``activation_bits=8``).
+    """
 
     def simulated_form(name: str, layer: QuantizedLayer) -> nn.Module:
         return _simulated(layer) if isinstance(layer, PackedLayer) else layer
@@ -108,8 +111,8 @@ def _packed(layer: SimulatedLayer) -> PackedLayer:
 
 def _simulated(layer: PackedLayer) -> SimulatedLayer:
     if isinstance(layer, PackedConv2d):
-        return SimulatedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
-    return SimulatedLinear(layer.quantized, layer.bias)
+        return SimulatedConv2d(layer.quantized, layer.bias, activation_bits=8, **vars(layer.geometry))
+    return SimulatedLinear(layer.quantized, layer.bias, activation_bits=8)
 
 
 def _replace(model: M, form_of: Callable[[str, QuantizedLayer], nn.Module]) -> M:

@@ -129,6 +129,7 @@ def quantize_(model: nn.Module, config: LayerwiseMethod | str, **options: Any) -
     for name, child in quantized.named_children():
         setattr(model, name, child)
     model.quantization = quantized.quantization
+    model.folded_batchnorms = getattr(quantized, "folded_batchnorms", {})  # type: ignore[assignment]  # for save
     return model.eval()
 
 
