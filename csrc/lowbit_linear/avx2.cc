@@ -1,4 +1,225 @@
+// AVX2: vpmaddubsw into int16 sums, widened before they can overflow.
+//
+// A block is 16 channels; a step is 64 bytes, 4 of each channel. At 2 bits byte kk of a channel holds
+// its codes at k = kk, 4 + kk, 8 + kk and 12 + kk from the low bits up, at 4 bits at kk and 4 + kk.
+// 8-bit codes are multiplied nibble by nibble, because two products of 255 x 127 do not fit int16.
+// 3 bits use the 4-bit bytes.
+//
+// Per 256 weights at 2 bits and one row: 2 loads, 6 shifts, 8 and, 4 broadcasts, 8 vpmaddubsw, 8
+// vpaddw: bound by the three vector ports, 10 cycles. Four rows share the shifts and masks.
 #include "lowbit_linear/lowbit_linear.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+
+namespace bantamweight {
+namespace {
+
+constexpr int64_t kBlockN = 16, kStepBytes = 64;
+
+int layout_bits(int bits) { return bits == 3 ? 4 : bits; }
+
+int64_t step_k(int bits) { return 32 / layout_bits(bits); }
+
+int64_t steps_of(const KPiece& piece, int64_t k) { return (piece.k_size + k - 1) / k; }
+
+int64_t block_bytes(int bits, const KPiece* pieces, int64_t piece_count) {
+  int64_t steps = 0;
+  for (int64_t p = 0; p < piece_count; ++p) steps += steps_of(pieces[p], step_k(bits));
+  return steps * kStepBytes;
+}
+
+float lane_factor(int, int64_t) { return 1.0f; }
+
+void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t ldk, int64_t valid_n,
+                uint8_t* block) {
+  const int64_t step = step_k(bits), bytes = block_bytes(bits, pieces, piece_count);
+  for (int64_t i = 0; i < bytes; ++i) block[i] = 0;
+  for (int64_t p = 0; p < piece_count; block += steps_of(pieces[p], step) * kStepBytes, ++p) {
+    for (int64_t lane = 0; lane < valid_n; ++lane) {
+      const uint8_t* from = codes + lane * ldk + pieces[p].k_begin;
+      for (int64_t k = 0; k < pieces[p].k_size; ++k) {
+        uint8_t& byte = block[k / step * kStepBytes + lane * 4 + k % 4];
+        byte = static_cast<uint8_t>(byte | from[k] << k % step / 4 * layout_bits(bits));
+      }
+    }
+  }
+}
+
+void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, int64_t ldk,
+                  int64_t valid_n, uint8_t* codes) {
+  const int64_t step = step_k(bits);
+  const int mask = (1 << layout_bits(bits)) - 1;
+  for (int64_t p = 0; p < piece_count; block += steps_of(pieces[p], step) * kStepBytes, ++p) {
+    for (int64_t lane = 0; lane < valid_n; ++lane) {
+      uint8_t* to = codes + lane * ldk + pieces[p].k_begin;
+      for (int64_t k = 0; k < pieces[p].k_size; ++k) {
+        const uint8_t byte = block[k / step * kStepBytes + lane * 4 + k % 4];
+        to[k] = static_cast<uint8_t>(byte >> k % step / 4 * layout_bits(bits) & mask);
+      }
+    }
+  }
+}
+
+inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+// Sums of `steps` steps of one piece into sums [kRows][16]; added to what is there unless `first`.
+template <int kBits, int kRows>
+inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps, bool first,
+                      int32_t* sums) {
+  constexpr int64_t kStepK = 32 / kBits;
+  // An int16 holds ten steps of 4 x 2 x 3 x 127 at 2 bits, four of 2 x 2 x 15 x 127 at 4 bits, and
+  // eight of 2 x 15 x 127 of each nibble at 8 bits.
+  constexpr int64_t kSafeSteps = kBits == 2 ? 10 : kBits == 4 ? 4 : 8;
+  constexpr int kParts = kBits == 8 ? 2 : 1;  // low and high nibbles
+  const __m256i ones = _mm256_set1_epi16(1);
+  const __m256i mask = _mm256_set1_epi8(kBits == 2 ? 0x03 : 0x0f);
+  const int8_t* a[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) a[r] = rows[r] + row_offset;
+  if (first) {
+    for (int64_t i = 0; i < kRows * kBlockN; ++i) sums[i] = 0;
+  }
+  for (int64_t begin = 0; begin < steps; begin += kSafeSteps) {
+    const int64_t end = steps - begin < kSafeSteps ? steps : begin + kSafeSteps;
+    __m256i s[kParts][kRows][2];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) s[part][r][0] = s[part][r][1] = _mm256_setzero_si256();
+    }
+    for (int64_t step = begin; step < end; ++step) {
+      const uint8_t* w = weight + step * kStepBytes;
+      _mm_prefetch(reinterpret_cast<const char*>(w) + 1024, _MM_HINT_T0);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m256i raw = load(w + 32 * half);
+#pragma GCC unroll 4
+        for (int field = 0; field < 8 / kBits * kParts; ++field) {
+          constexpr int kFieldBits = kBits == 8 ? 4 : kBits;
+          const __m256i codes = _mm256_and_si256(_mm256_srli_epi16(raw, field * kFieldBits), mask);
+          const int part = kParts == 2 ? field : 0;
+          const int quad = kParts == 2 ? 0 : field;
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            int32_t four;
+            __builtin_memcpy(&four, a[r] + step * kStepK + 4 * quad, 4);
+            const __m256i products = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
+            s[part][r][half] = _mm256_add_epi16(s[part][r][half], products);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        __m256i wide = _mm256_madd_epi16(s[0][r][half], ones);
+        if constexpr (kParts == 2) {
+          wide = _mm256_add_epi32(wide, _mm256_slli_epi32(_mm256_madd_epi16(s[1][r][half], ones), 4));
+        }
+        auto* to = reinterpret_cast<__m256i*>(sums + r * kBlockN + 8 * half);
+        _mm256_store_si256(to, _mm256_add_epi32(_mm256_load_si256(to), wide));
+      }
+    }
+  }
+}
+
+// Adds group `group` of `row_count` rows to partial [row_count][16], or after the last group writes y.
+void finish_group(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count, const int32_t* sums,
+                  float* partial) {
+  const float* scale = task.scale + group * kBlockN;
+  const bool first = group == 0, last = group == task.groups - 1;
+  for (int64_t r = 0; r < row_count; ++r) {
+    const int32_t row_sum = task.row_sums[(first_row + r) * task.groups + group];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = r * kBlockN + 8 * half;
+      __m256i s = load(sums + at);
+      __m256 out = first ? _mm256_setzero_ps() : _mm256_loadu_ps(partial + at);
+      if (task.zero_scale == nullptr) s = _mm256_sub_epi32(s, _mm256_set1_epi32(task.uniform_zero * row_sum));
+      out = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_loadu_ps(scale + 8 * half), out);
+      if (task.zero_scale != nullptr) {
+        const __m256 zero_scale = _mm256_loadu_ps(task.zero_scale + group * kBlockN + 8 * half);
+        out = _mm256_fnmadd_ps(zero_scale, _mm256_set1_ps(static_cast<float>(row_sum)), out);
+      }
+      if (!last) {
+        _mm256_storeu_ps(partial + at, out);
+        continue;
+      }
+      const int64_t valid = task.block_n_valid - 8 * half;
+      const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(valid)), lanes);
+      const __m256 bias = task.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(task.bias + 8 * half, mask);
+      float* y = task.y + (first_row + r) * task.ldy + 8 * half;
+      _mm256_maskstore_ps(y, mask, _mm256_fmadd_ps(out, _mm256_set1_ps(task.row_scale[first_row + r]), bias));
+    }
+  }
+}
+
+template <int kBits, int kRows>
+void run_rows(const TileTask& task, int64_t first_row) {
+  alignas(32) int32_t sums[kRows * kBlockN];
+  alignas(32) float partial[kRows * kBlockN];
+  const uint8_t* weight = task.weight;
+  for (int64_t p = 0; p < task.piece_count;) {
+    const int64_t group = task.pieces[p].group;
+    for (bool first = true; p < task.piece_count && task.pieces[p].group == group; ++p, first = false) {
+      const int64_t steps = steps_of(task.pieces[p], 32 / kBits);
+      sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, first, sums);
+      weight += steps * kStepBytes;
+    }
+    finish_group(task, group, first_row, kRows, sums, partial);
+  }
+}
+
+template <int kBits>
+void run_bits(const TileTask& task) {
+  // What fits 16 registers: 8 sums, codes, mask and activations; nibbles double the sums.
+  constexpr int64_t kMaxRows = kBits == 8 ? 2 : 4;
+  const int64_t tiles = (task.row_count + kMaxRows - 1) / kMaxRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = task.row_count * t / tiles, count = task.row_count * (t + 1) / tiles - row;
+    if (count == 1) run_rows<kBits, 1>(task, row);
+    if (count == 2) run_rows<kBits, 2>(task, row);
+    if constexpr (kMaxRows == 4) {
+      if (count == 3) run_rows<kBits, 3>(task, row);
+      if (count == 4) run_rows<kBits, 4>(task, row);
+    }
+  }
+}
+
+void write_bias(const TileTask& task) {
+  for (int64_t r = 0; r < task.row_count; ++r) {
+    for (int64_t n = 0; n < task.block_n_valid; ++n) {
+      task.y[r * task.ldy + n] = task.bias == nullptr ? 0.0f : task.bias[n];
+    }
+  }
+}
+
+void run(int bits, const TileTask& task) {
+  if (task.piece_count == 0) {
+    write_bias(task);
+  } else if (bits == 2) {
+    run_bits<2>(task);
+  } else if (bits == 8) {
+    run_bits<8>(task);
+  } else {
+    run_bits<4>(task);
+  }
+}
+
+constexpr LinearKernel kernel = {Isa::avx2, kBlockN, block_bytes, lane_factor, pack_block, unpack_block, run};
+
+}  // namespace
+
+const LinearKernel* linear_kernel_avx2() { return &kernel; }
+
+}  // namespace bantamweight
+
+#else
+
 namespace bantamweight {
 const LinearKernel* linear_kernel_avx2() { return nullptr; }
 }  // namespace bantamweight
+
+#endif
