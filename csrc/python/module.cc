@@ -7,4 +7,5 @@ PYBIND11_MODULE(_C, module) {
   bind_linear(module);
   bind_conv(module);
   bind_gpfq(module);
+  bind_vector_ops(module);
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bantamweight.curvature import vectors
 from bantamweight.curvature.lanczos import RitzPairs, SymmetricMatrix
 from bantamweight.curvature.vectors import Basis, random_start
 
@@ -52,9 +53,9 @@ def power_iteration(
                 parts = matrix.product(v)
                 products += 1
                 bar.update()
-                Hv = torch.cat([part.reshape(-1) for part in parts])
-                previous, value = value, float(torch.dot(Hv, v)) / norm**2
-                _, before, after = found.orthogonalise([Hv], scale=1.0 / norm)
+                flat = torch.cat([part.reshape(-1) for part in parts])
+                previous, value = value, vectors.dot([flat], [v]) / norm**2
+                _, before, after = found.orthogonalise([flat], scale=1.0 / norm)
                 residual = float(np.sqrt(max(before**2 - value**2, 0.0)))
                 norm = after
                 if after == 0.0 or (previous is not None and abs(value - previous) < tol * (abs(previous) + 1e-6)):
@@ -67,10 +68,9 @@ def power_iteration(
             found.append(norm)
             values.append(value)
             residuals.append(residual)
-    vectors = found.combine(np.eye(k))
     return RitzPairs(
         values=np.asarray(values),
-        vectors=vectors,
+        vectors=found.combine(np.eye(k)),
         residuals=np.asarray(residuals),
         products=products,
         converged=converged,

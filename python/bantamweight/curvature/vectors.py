@@ -1,7 +1,8 @@
 """The long vectors of Lanczos and power iteration: a growing orthogonal basis in flat storage.
 
 A step reads the basis twice: once to project the new vector on it, once to subtract the projections. The second
-reading also measures what is left of them, so that a third is made only when rounding made it necessary.
+reading also measures what is left of them, so that a third is made only when rounding made it necessary. Float32 on
+the CPU runs in the fused kernels of csrc/vector_ops; other types and devices run in torch, with the same results.
 """
 
 from __future__ import annotations
@@ -12,7 +13,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bantamweight import _C
+from bantamweight.errors import KernelError
+
 ROWS_PER_SLAB = 16
+
+
+def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
+    """<x, y> over two lists of tensors of the same shapes."""
+    if native(*x, *y):
+        status, result = _C.vector_dot(addresses(x), addresses(y), sizes(x, y), "")
+        check(status)
+        return result
+    return float(sum(torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in zip(x, y, strict=True)))
+
+
+def norm(x: Sequence[Tensor]) -> float:
+    """The Euclidean norm of a list of tensors taken as one vector."""
+    return float(np.sqrt(dot(x, x)))
+
+
+def axpy(a: float, x: Sequence[Tensor], y: Sequence[Tensor]) -> None:
+    """y += a x over two lists of tensors of the same shapes."""
+    if native(*x, *y):
+        check(_C.vector_axpy(a, addresses(x), addresses(y), sizes(x, y), ""))
+        return
+    for source, target in zip(x, y, strict=True):
+        target.add_(source, alpha=a)
+
+
+def scale(a: float, x: Sequence[Tensor]) -> None:
+    """x *= a over a list of tensors."""
+    if native(*x):
+        check(_C.vector_scale(a, addresses(x), sizes(x, x), ""))
+        return
+    for tensor in x:
+        tensor.mul_(a)
+
+
+def native(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors as they lie in memory."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def sizes(x: Sequence[Tensor], y: Sequence[Tensor]) -> list[int]:
+    counts = [tensor.numel() for tensor in x]
+    if counts != [tensor.numel() for tensor in y]:
+        raise ValueError("the two lists of tensors differ in their sizes; pass lists of the same shapes")
+    return counts
+
+
+def check(status: int) -> None:
+    if status:
+        raise KernelError(f"vector_ops: {_C.status_message(status)}")
 
 
 class Basis:
@@ -23,6 +80,7 @@ class Basis:
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.size, self.dtype, self.device = size, dtype, device
+        self._native = dtype == torch.float32 and device.type == "cpu"
         self._slabs: list[Tensor] = []
         self._norms: list[float] = []
 
@@ -42,6 +100,10 @@ class Basis:
         if len(self) == len(self._slabs) * ROWS_PER_SLAB:
             self._slabs.append(torch.empty(ROWS_PER_SLAB, self.size, dtype=self.dtype, device=self.device))
         w = self.row(len(self))
+        if self._native and native(*parts):
+            counts = [part.numel() for part in parts]
+            answer = _C.vector_project(addresses(parts), counts, scale, self._rows(), w.data_ptr(), self.size, "")
+            return w, *self._measured(*answer)
         torch.cat([part.reshape(-1) for part in parts], out=w)
         if scale != 1.0:
             w.mul_(scale)
@@ -49,7 +111,10 @@ class Basis:
 
     def subtract(self, w: Tensor, coefficients: np.ndarray) -> tuple[np.ndarray, float]:
         """w -= sum_i coefficients[i] v_i. Returns the new <v_i, w> (rounding errors) and the new ||w||."""
-        for slab, c in self._filled(coefficients / self.norms):
+        factors = coefficients / self.norms
+        if self._native:
+            return self._measured(*_C.vector_subtract(self._rows(), factors, w.data_ptr(), self.size, ""))
+        for slab, c in self._filled(factors):
             w.addmv_(slab.T, c, alpha=-1.0)
         return self._coefficients(w), float(torch.linalg.vector_norm(w, dtype=torch.float64))
 
@@ -65,7 +130,7 @@ class Basis:
         w, coefficients, before = self.project(parts, scale)
         left, after = self.subtract(w, coefficients)
         passes = 1
-        while passes < 3 and len(left) and np.abs(left).max() > 8 * torch.finfo(self.dtype).eps * after:
+        while passes < 3 and len(left) and np.abs(left).max() > 32 * torch.finfo(self.dtype).eps * after:
             coefficients = coefficients + left
             left, after = self.subtract(w, left)
             passes += 1
@@ -86,6 +151,13 @@ class Basis:
             self.row(len(self)).copy_(vector)
             self.append(norm)
         del self._slabs[len(self) // ROWS_PER_SLAB + 1 :]
+
+    def _rows(self) -> list[int]:
+        return [self.row(i).data_ptr() for i in range(len(self))]
+
+    def _measured(self, status: int, dots: list[float], norm2: float) -> tuple[np.ndarray, float]:
+        check(status)
+        return np.asarray(dots) / self.norms, float(np.sqrt(norm2))
 
     def _coefficients(self, w: Tensor) -> np.ndarray:
         if not len(self):

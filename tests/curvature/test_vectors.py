@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+from bantamweight import _C
+from bantamweight.curvature import vectors
+from bantamweight.curvature.lanczos import lanczos
+from bantamweight.curvature.vectors import Basis
+
+SHAPES = [(3, 5), (1,), (0,), (64, 33), (7, 1, 2)]
+VARIANTS = [name for name, missing in _C.vector_variants() if not missing]
+
+
+def tensors(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+
+
+def flat(parts):
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, monkeypatch):
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", request.param)
+    assert _C.vector_select() == request.param
+    return request.param
+
+
+def test_list_operations_equal_torch(variant):
+    x, y = tensors(), tensors(seed=1)
+    expected = flat(y) + 0.5 * flat(x)
+    assert vectors.dot(x, y) == pytest.approx(float(flat(x).double() @ flat(y).double()), rel=1e-5)
+    assert vectors.norm(x) == pytest.approx(float(flat(x).double().norm()), rel=1e-6)
+    vectors.axpy(0.5, x, y)
+    torch.testing.assert_close(flat(y), expected)
+    vectors.scale(-2.0, y)
+    torch.testing.assert_close(flat(y), -2 * expected)
+
+
+def test_list_operations_take_any_layout_and_type():
+    x = [torch.randn(4, 6).T, torch.randn(3)]
+    y = [torch.randn(6, 4), torch.randn(3)]
+    assert vectors.dot(x, y) == pytest.approx(float(flat(x) @ flat(y)), rel=1e-5)
+    x64, y64 = tensors(torch.float64), tensors(torch.float64, 1)
+    expected = flat(y64) - 3 * flat(x64)
+    vectors.axpy(-3.0, x64, y64)
+    torch.testing.assert_close(flat(y64), expected)
+    with pytest.raises(ValueError, match="differ in their sizes"):
+        vectors.dot(tensors(), tensors()[:-1])
+
+
+def test_basis_is_orthogonal_to_working_precision(variant):
+    size = sum(int(np.prod(shape)) for shape in SHAPES)
+    basis = Basis(size, torch.float32, torch.device("cpu"))
+    nearly = torch.randn(size, generator=torch.Generator().manual_seed(5))
+    for i in range(40):  # nearly parallel: one pass of Gram-Schmidt would lose everything
+        vector = nearly + 1e-3 * flat(tensors(seed=i))
+        _, before, after = basis.orthogonalise([vector])
+        assert before == pytest.approx(float(vector.norm()), rel=1e-5)
+        basis.append(after)
+    V = basis.combine(np.eye(40))
+    torch.testing.assert_close(V @ V.T, torch.eye(40), atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthogonalise_returns_the_coefficients(dtype):
+    size = sum(int(np.prod(shape)) for shape in SHAPES)
+    basis = Basis(size, dtype, torch.device("cpu"))
+    for seed in range(20):
+        basis.append(basis.orthogonalise(tensors(dtype, seed))[2])
+    V = basis.combine(np.eye(20))
+    parts = tensors(dtype, 99)
+    coefficients, before, after = basis.orthogonalise(parts, scale=0.5)
+    w = 0.5 * flat(parts)
+    rest = w - V.T @ (V @ w)
+    np.testing.assert_allclose(coefficients, V @ w, atol=1e-4 if dtype == torch.float32 else 1e-12)
+    assert before == pytest.approx(float(w.norm()), rel=1e-5)
+    assert after == pytest.approx(float(rest.norm()), rel=1e-5)
+    torch.testing.assert_close(basis.row(20), rest, atol=1e-5, rtol=1e-4)
+
+
+def test_two_passes_are_the_rule(monkeypatch):
+    """A third pass over memory comes only when rounding asks for it."""
+    calls = []
+    subtract = _C.vector_subtract
+    monkeypatch.setattr(_C, "vector_subtract", lambda *a: calls.append(1) or subtract(*a))
+    basis = Basis(100_000, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        basis.append(basis.orthogonalise([torch.randn(100_000, generator=generator)])[2])
+    assert len(calls) == 20
+
+
+def test_lanczos_in_float32_equals_float64(variant):
+    generator = torch.Generator().manual_seed(1)
+    Q, _ = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))
+    values = torch.cat([torch.tensor([50.0, 40.0, 30.0, -45.0]), torch.linspace(-1, 1, 296)]).double()
+    H = Q @ torch.diag(values) @ Q.T
+
+    class Lists:
+        """The dense matrix, its products handed out in two tensors as a model's would be."""
+
+        size, dtype, device = 300, torch.float32, torch.device("cpu")
+
+        def product(self, vector):
+            Hv = (H.float() @ vector).clone()
+            return [Hv[:100].view(10, 10), Hv[100:]]
+
+    result = lanczos(Lists(), k=4, tol=1e-8)
+    assert result.converged
+    np.testing.assert_allclose(result.values, [50, -45, 40, 30], rtol=1e-5)
+    torch.testing.assert_close(result.vectors @ result.vectors.T, torch.eye(4), atol=1e-5, rtol=0)
