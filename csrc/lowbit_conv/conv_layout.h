@@ -12,8 +12,9 @@ namespace bantamweight {
 
 struct ConvLayout {
   ConvShape shape;
+  ConvShape run;  // what the kernels are given: the same with fewer, wider channel groups
   Isa isa = Isa::reference;
-  // A view a channel group, unless the convolution is depthwise.
+  // A view a channel group of `run`, unless the convolution is depthwise.
   const uint8_t* views = nullptr;
   int64_t view_bytes = 0;
   // The tables of DepthwiseTask, and the zeros as they came.

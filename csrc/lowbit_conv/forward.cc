@@ -47,13 +47,13 @@ struct Plan {
   int64_t slice_size = 0;         // channels a slice sum; 0 where every zero is 0
   std::vector<SumEntry> entries;  // group-major; the same for every channel group but for a shift
 
-  int64_t image_bytes() const { return padded_h * padded_w * layout.shape.in_channels; }
-  int64_t slices() const { return slice_size == 0 ? 0 : layout.shape.in_channels / slice_size; }
+  int64_t image_bytes() const { return padded_h * padded_w * layout.run.in_channels; }
+  int64_t slices() const { return slice_size == 0 ? 0 : layout.run.in_channels / slice_size; }
   int64_t image_rows() const { return out_h * out_w; }
 };
 
 Status plan_views(Plan* plan) {
-  const ConvShape& s = plan->layout.shape;
+  const ConvShape& s = plan->layout.run;
   plan->pieces = conv_pieces(s, plan->padded_w * s.in_channels);
   plan->views.resize(static_cast<size_t>(s.groups));
   bool any_zero = false;
@@ -82,7 +82,7 @@ Status make_plan(const void* layout, int64_t layout_bytes, const ConvInput& inpu
                  Plan* plan) {
   const Status status = conv_layout_read(layout, layout_bytes, &plan->layout);
   if (status != Status::ok) return status;
-  const ConvShape& s = plan->layout.shape;
+  const ConvShape& s = plan->layout.run;
   constexpr int64_t kMaxExtent = int64_t{1} << 24;
   if (input.images < 0 || input.height < 0 || input.width < 0 || input.height > kMaxExtent ||
       input.width > kMaxExtent) {
@@ -124,7 +124,7 @@ struct RowRange {
 // the first in the range) for each stretch of the range that lies in one output row.
 template <class Visit>
 void for_each_stretch(const Plan& plan, RowRange range, Visit visit) {
-  const ConvShape& s = plan.layout.shape;
+  const ConvShape& s = plan.layout.run;
   for (int64_t row = range.begin; row < range.end;) {
     const int64_t image = row / plan.image_rows(), in_image = row % plan.image_rows();
     const int64_t oy = in_image / plan.out_w, ox = in_image % plan.out_w;
@@ -136,7 +136,7 @@ void for_each_stretch(const Plan& plan, RowRange range, Visit visit) {
 
 void point_at_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t first_channel,
                    const int8_t** rows, float* row_scale) {
-  const int64_t channels = plan.layout.shape.in_channels, step = plan.layout.shape.stride_w * channels;
+  const int64_t channels = plan.layout.run.in_channels, step = plan.layout.run.stride_w * channels;
   for_each_stretch(plan, range, [&](int64_t image, int64_t pixel, int64_t count, int64_t at) {
     const int8_t* q = images.q + image * plan.image_bytes() + pixel * channels + first_channel;
     for (int64_t i = 0; i < count; ++i) {
@@ -151,8 +151,8 @@ void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t
   const int64_t groups = plan.groups, slices = plan.slices();
   std::fill(sums, sums + (range.end - range.begin) * groups, 0);
   if (slices == 0) return;
-  const int64_t first_slice = channel_group * (slices / plan.layout.shape.groups);
-  const int64_t step = plan.layout.shape.stride_w * slices;
+  const int64_t first_slice = channel_group * (slices / plan.layout.run.groups);
+  const int64_t step = plan.layout.run.stride_w * slices;
   for_each_stretch(plan, range, [&](int64_t image, int64_t pixel, int64_t count, int64_t at) {
     const int32_t* from = images.sums + (image * plan.padded_h * plan.padded_w + pixel) * slices + first_slice;
     for (const SumEntry& entry : plan.entries) {
@@ -180,7 +180,7 @@ Tasks cut(const Plan& plan, int64_t rows) {
   // A task is about two million multiply-adds: enough to pay for its row pointers and sums, and
   // small enough that a thread which was preempted holds the others up little.
   constexpr int64_t kRows = 256, kMacsPerTask = int64_t{2} << 20;
-  const ConvShape& s = plan.layout.shape;
+  const ConvShape& s = plan.layout.run;
   Tasks tasks;
   // Whole output rows, so that neighbouring row pointers are equally spaced.
   tasks.rows_per_task = plan.out_w < kRows ? kRows / plan.out_w * plan.out_w : kRows;
@@ -201,7 +201,7 @@ Tasks cut(const Plan& plan, int64_t rows) {
 }
 
 Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, int64_t index) {
-  const ConvShape& s = plan.layout.shape;
+  const ConvShape& s = plan.layout.run;
   const int64_t block_chunk = index % tasks.block_chunks, rest = index / tasks.block_chunks;
   const int64_t channel_group = rest % tasks.channel_groups, row_chunk = rest / tasks.channel_groups;
   const int64_t all_rows = images.count * plan.image_rows();
@@ -252,7 +252,7 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
 }
 
 Status run_images(const Plan& plan, int64_t first, int64_t count) {
-  const ConvShape& s = plan.layout.shape;
+  const ConvShape& s = plan.layout.run;
   const int64_t pixels = count * plan.padded_h * plan.padded_w;
   ScratchPlan sizes;
   const int64_t q_at = sizes.add<int8_t>(pixels * s.in_channels + 64);  // kernels read 64 bytes past a row
@@ -311,7 +311,7 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const int64_t batches = ceil_div(input.images, per_batch);
   [[maybe_unused]] const bool spread = batches % threads == 0 || batches >= 4 * threads;
   [[maybe_unused]] const int64_t work =
-      input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.shape.out_channels);
+      input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.run.out_channels);
   std::atomic<int> worst{static_cast<int>(Status::ok)};
 #pragma omp parallel for schedule(dynamic) if (threads > 1 && spread && batches > 1 && work > (1 << 17))
   for (int64_t b = 0; b < batches; ++b) {

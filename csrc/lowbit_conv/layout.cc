@@ -17,6 +17,8 @@ struct ConvHeader {
   int64_t isa;
   int64_t bytes;
   int64_t integer_zeros;  // depthwise: 1 if the zeros are inside the weights
+  int64_t merged;         // channel groups that run as one
+  int64_t view_bytes;     // of each of the channel groups that are left
   ConvShape shape;
 };
 constexpr int64_t kHeaderBytes = (sizeof(ConvHeader) + kAlign - 1) / kAlign * kAlign;
@@ -66,8 +68,65 @@ bool has_variant(const ConvShape& s, Isa isa) {
   return s.depthwise() ? depthwise_pick(isa)->isa == isa : linear_kernel(isa) != nullptr;
 }
 
+// How many channel groups to run as one. A group of few channels leaves most of a kernel's tile
+// empty; neighbouring groups side by side, with the zero's code wherever a channel does not see an
+// input, fill it. The integer sums do not change, as long as there is one zero and one scale a
+// channel.
+int64_t mergeable_groups(const ConvShape& s, Isa isa) {
+  constexpr int64_t kTileChannels = 64;
+  if (isa == Isa::reference || s.depthwise() || s.group_size < s.k()) return 1;
+  const int64_t channels = std::max(s.in_channels, s.out_channels) / s.groups;
+  int64_t merged = std::min(s.groups, std::max<int64_t>(1, kTileChannels / channels));
+  while (s.groups % merged != 0) --merged;
+  return merged * s.k() <= kMaxGroupK ? merged : 1;
+}
+
+ConvShape merged_shape(ConvShape s, int64_t merged) {
+  s.groups /= merged;
+  if (merged > 1) s.group_size = s.k();
+  return s;
+}
+
+// Where the codes of channel o, tap t begin in the merged matrix.
+int64_t merged_column(const ConvShape& s, int64_t merged, int64_t o, int64_t t) {
+  const int64_t depth = s.in_channels / s.groups, group = o / (s.out_channels / s.groups);
+  return (t * merged + group % merged) * depth;
+}
+
+std::vector<uint8_t> merge_codes(const ConvShape& s, int64_t merged, const uint8_t* codes, uint8_t zero) {
+  const int64_t depth = s.in_channels / s.groups, k = s.k(), taps = k / depth;
+  std::vector<uint8_t> wide(static_cast<size_t>(s.out_channels * k * merged), zero);
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    for (int64_t t = 0; t < taps; ++t) {
+      std::memcpy(&wide[static_cast<size_t>(o * k * merged + merged_column(s, merged, o, t))],
+                  codes + o * k + t * depth, static_cast<size_t>(depth));
+    }
+  }
+  return wide;
+}
+
+void split_codes(const ConvShape& s, int64_t merged, const uint8_t* wide, uint8_t* codes) {
+  const int64_t depth = s.in_channels / s.groups, k = s.k(), taps = k / depth;
+  for (int64_t o = 0; o < s.out_channels; ++o) {
+    for (int64_t t = 0; t < taps; ++t) {
+      std::memcpy(codes + o * k + t * depth, wide + o * k * merged + merged_column(s, merged, o, t),
+                  static_cast<size_t>(depth));
+    }
+  }
+}
+
+bool uniform_code_zero(const ConvShape& s, const float* zero) {
+  const float first = zero[0];
+  return first >= 0.0f && first < static_cast<float>(1 << s.bits) && first == std::floor(first) &&
+         std::all_of(zero, zero + s.out_channels * conv_summed_groups(s), [=](float z) { return z == first; });
+}
+
+// Of the layout, with room for the merged form wherever the zeros may allow it.
 int64_t layout_bytes_of(const ConvShape& s, Isa isa) {
-  if (!s.depthwise()) return kHeaderBytes + s.groups * view_bytes_of(s, isa);
+  if (!s.depthwise()) {
+    const ConvShape merged = merged_shape(s, mergeable_groups(s, isa));
+    return kHeaderBytes + std::max(s.groups * view_bytes_of(s, isa), merged.groups * view_bytes_of(merged, isa));
+  }
   return depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size())).end;
 }
 
@@ -207,9 +266,17 @@ Status conv_pack(const ConvShape& s, Isa isa, const uint8_t* codes, const float*
   if (s.depthwise()) {
     pack_depthwise(s, codes, scale, zero, base, &header);
   } else {
-    const std::vector<KPiece> pieces = conv_pieces(s, 0);
-    const int64_t n = s.out_channels / s.groups, k = s.k(), view_bytes = view_bytes_of(s, isa);
-    for (int64_t g = 0; g < s.groups; ++g) {
+    header.merged = uniform_code_zero(s, zero) ? mergeable_groups(s, isa) : 1;
+    const ConvShape run = merged_shape(s, header.merged);
+    std::vector<uint8_t> wide;
+    if (header.merged > 1) {
+      wide = merge_codes(s, header.merged, codes, static_cast<uint8_t>(zero[0]));
+      codes = wide.data();
+    }
+    const std::vector<KPiece> pieces = conv_pieces(run, 0);
+    const int64_t n = run.out_channels / run.groups, k = run.k(), view_bytes = view_bytes_of(run, isa);
+    header.view_bytes = view_bytes;
+    for (int64_t g = 0; g < run.groups; ++g) {
       packed_view_write(*linear_kernel(isa), static_cast<int>(s.bits), n, groups, pieces.data(),
                         static_cast<int64_t>(pieces.size()), codes + g * n * k, k, scale + g * n * groups,
                         zero + g * n * groups, base + kHeaderBytes + g * view_bytes);
@@ -227,14 +294,18 @@ Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
   std::memcpy(&header, layout, sizeof header);
   if (header.magic != kMagic || !valid(header.shape) || header.bytes > bytes) return Status::wrong_layout;
   const ConvShape& s = header.shape;
-  out->shape = s;
+  out->shape = out->run = s;
   out->isa = static_cast<Isa>(header.isa);
   if (isa_missing(out->isa) != nullptr || !has_variant(s, out->isa)) return Status::wrong_layout;
   const auto* base = static_cast<const uint8_t*>(layout);
   if (!s.depthwise()) {
+    if (header.merged != 1 && header.merged != mergeable_groups(s, out->isa)) return Status::wrong_layout;
+    out->run = merged_shape(s, header.merged);
     out->views = base + kHeaderBytes;
-    out->view_bytes = (header.bytes - kHeaderBytes) / s.groups;
-    return out->view_bytes % kAlign == 0 ? Status::ok : Status::wrong_layout;
+    out->view_bytes = header.view_bytes;
+    const int64_t fit = (header.bytes - kHeaderBytes) / out->run.groups;
+    const bool sound = header.view_bytes >= 0 && header.view_bytes <= fit && header.view_bytes % kAlign == 0;
+    return sound ? Status::ok : Status::wrong_layout;
   }
   const DepthwiseParts at = depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size()));
   if (at.end != header.bytes) return Status::wrong_layout;
@@ -246,7 +317,7 @@ Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
 }
 
 Status conv_view_read(const ConvLayout& layout, int64_t group, const std::vector<KPiece>& pieces, PackedView* view) {
-  const ConvShape& s = layout.shape;
+  const ConvShape& s = layout.run;
   const Status status =
       packed_view_read(*linear_kernel(layout.isa), layout.views + group * layout.view_bytes, layout.view_bytes, view);
   if (status != Status::ok) return status;
@@ -288,13 +359,19 @@ Status conv_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, flo
   if (s.depthwise()) {
     unpack_depthwise(read, codes, scale_out, zero_out);
   } else {
-    const std::vector<KPiece> pieces = conv_pieces(s, 0);
-    for (int64_t g = 0; g < s.groups; ++g) {
+    const std::vector<KPiece> pieces = conv_pieces(read.run, 0);
+    const int64_t merged = s.groups / read.run.groups;
+    std::vector<uint8_t> wide(merged > 1 ? static_cast<size_t>(s.out_channels * k * merged) : 0);
+    uint8_t* codes_out = merged > 1 ? wide.data() : codes;
+    const int64_t run_n = n * merged, run_k = k * merged;
+    for (int64_t g = 0; g < read.run.groups; ++g) {
       PackedView view;
       const Status viewed = conv_view_read(read, g, pieces, &view);
       if (viewed != Status::ok) return viewed;
-      packed_view_unpack(view, k, codes + g * n * k, scale_out + g * n * groups, zero_out + g * n * groups);
+      packed_view_unpack(view, run_k, codes_out + g * run_n * run_k, scale_out + g * run_n * groups,
+                         zero_out + g * run_n * groups);
     }
+    if (merged > 1) split_codes(s, merged, wide.data(), codes);
   }
   for (int64_t c = 0; splits_groups(s) && c < s.out_channels; ++c) {
     scale[c] = wide_scale[static_cast<size_t>(c * groups)];
