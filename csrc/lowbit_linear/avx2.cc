@@ -63,6 +63,18 @@ void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uin
 
 inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
+// As assembly because GCC 12 reorders the additions and keeps the broadcasts of both halves of a
+// step, and spills the sums for it: four rows ran at 160 GOPS instead of 250.
+inline void add_products(__m256i& sum, __m256i codes, const int8_t* four_activations) {
+  __m256i products;
+  __asm__ volatile(
+      "vpbroadcastd %2, %1\n\t"
+      "vpmaddubsw %1, %3, %1\n\t"
+      "vpaddw %1, %0, %0"
+      : "+x"(sum), "=&x"(products)
+      : "m"(*reinterpret_cast<const int8_t (*)[4]>(four_activations)), "x"(codes));
+}
+
 // Sums of `steps` steps of one piece into sums [kRows][16]; added to what is there unless `first`.
 template <int kBits, int kRows>
 inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps, bool first,
@@ -102,10 +114,7 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
           const int quad = kParts == 2 ? 0 : field;
 #pragma GCC unroll 4
           for (int r = 0; r < kRows; ++r) {
-            int32_t four;
-            __builtin_memcpy(&four, a[r] + step * kStepK + 4 * quad, 4);
-            const __m256i products = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
-            s[part][r][half] = _mm256_add_epi16(s[part][r][half], products);
+            add_products(s[part][r][half], codes, a[r] + step * kStepK + 4 * quad);
           }
         }
       }
