@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from bantamweight import _C
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from bantamweight import _C
 
 LINEAR = [name for name, missing in _C.linear_variants() if not missing]
 QUANTIZE = [name for name, missing in _C.quantize_rows_variants() if not missing]

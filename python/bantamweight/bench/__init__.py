@@ -1,0 +1,1 @@
+"""Timing of the kernels against peers, alternating in one process."""
