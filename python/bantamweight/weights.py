@@ -158,8 +158,12 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """The float32 [out, in] matrix that the codes stand for."""
-        columns = torch.arange(self.in_features, device=self.codes.device) // self.group_size
-        return self.scale[:, columns] * (self.codes.to(torch.float32) - self.zero[:, columns])
+        n, k = self.codes.shape
+        if self.codes.numel() > 0 and k % self.n_groups == 0 and k // self.n_groups == min(self.group_size, k):
+            groups = self.codes.to(torch.float32).view(n, self.n_groups, -1)
+            return groups.sub_(self.zero.unsqueeze(-1)).mul_(self.scale.unsqueeze(-1)).view(n, k)
+        group = torch.arange(k, device=self.codes.device) // self.group_size
+        return self.scale[:, group] * (self.codes.to(torch.float32) - self.zero[:, group])
 
     def equals(self, other: QuantizedWeight) -> bool:
         """True if every part is the same to the last bit."""

@@ -320,3 +320,19 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(BantamweightError):
         bw.save(net, saved)
     assert saved.read_bytes() == before
+
+
+def test_names_that_stand_twice_are_refused(saved: Path, tmp_path: Path) -> None:
+    raw = saved.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    table = json.loads(raw[8 : 8 + size])
+    text = table["__metadata__"]["bantamweight"]
+    table["__metadata__"]["bantamweight"] = '{"extra":{},' + text[1:]
+    with pytest.raises(FormatError, match="a name stands twice in one object"):
+        bw.load(write(tmp_path / "bad.safetensors", table, raw[8 + size :]), Net())
+    table["__metadata__"]["bantamweight"] = text
+    text = json.dumps(table)
+    twice = (text[:-1] + ',"gain":' + json.dumps(table["gain"]) + "}").encode()
+    (tmp_path / "bad.safetensors").write_bytes(struct.pack("<Q", len(twice)) + twice + raw[8 + size :])
+    with pytest.raises(FormatError, match="cannot be read as a safetensors file"):
+        bw.load(tmp_path / "bad.safetensors", Net())

@@ -14,7 +14,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         BantamweightError: the folder is missing or not writable, the disk is full, or the path is a folder; a file
             that was there is as before.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one, and what it points to is replaced
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder")

@@ -15,7 +15,9 @@ levels    packing                             bytes a row of k codes
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,8 +39,9 @@ class Packing:
             return -(-k // 5)
         return -(-k * self.bytes_per_word // self.codes_per_word)
 
-    def place_values(self, device: torch.device) -> Tensor:
-        return torch.tensor([self.base**i for i in range(self.codes_per_word)], dtype=torch.int32, device=device)
+    @property
+    def word_dtype(self) -> Any:
+        return np.uint8 if self.bytes_per_word == 1 else np.uint32
 
 
 PACKINGS = {
@@ -83,13 +86,17 @@ def pack_codes(codes: Tensor, levels: int) -> Tensor:
     if packing.codes_per_word == 1:
         return codes.clone(memory_format=torch.contiguous_format)
     words = -(-k // packing.codes_per_word)
-    digits = codes.new_zeros((n, words * packing.codes_per_word))
-    digits[:, :k] = codes
-    digits = digits.view(n, words, packing.codes_per_word)
-    values = (digits * packing.place_values(codes.device)).sum(-1, dtype=torch.int32)
-    shifts = torch.arange(0, 8 * packing.bytes_per_word, 8, dtype=torch.int32, device=codes.device)
-    packed = ((values.unsqueeze(-1) >> shifts) & 255).to(torch.uint8).view(n, words * packing.bytes_per_word)
-    return packed[:, : packing.row_bytes(k)].contiguous()
+    digits = _widened(codes, words * packing.codes_per_word).reshape(n, words, packing.codes_per_word)
+    word = np.zeros((n, words), packing.word_dtype)
+    for place in reversed(range(packing.codes_per_word)):  # Horner's rule
+        word *= packing.word_dtype(packing.base)
+        word += digits[:, :, place]
+    parts = np.empty((n, words, packing.bytes_per_word), np.uint8)
+    for i in range(packing.bytes_per_word):
+        parts[:, :, i] = (word >> 8 * i) & 255
+    row_bytes = packing.row_bytes(k)
+    packed = parts.reshape(n, words * packing.bytes_per_word)[:, :row_bytes]
+    return torch.from_numpy(np.ascontiguousarray(packed)).to(codes.device)
 
 
 def unpack_codes(packed: Tensor, levels: int, k: int) -> Tensor:
@@ -118,10 +125,28 @@ def unpack_codes(packed: Tensor, levels: int, k: int) -> Tensor:
     if packing.base == 3 and packed.numel() > 0 and int(packed.max()) >= 3**5:
         raise FormatError("a byte of base-3 codes is above 242; the file is damaged, load a whole copy")
     words = -(-k // packing.codes_per_word)
-    whole = packed.new_zeros((n, words * packing.bytes_per_word))
-    whole[:, : packed.shape[1]] = packed
-    shifts = torch.arange(0, 8 * packing.bytes_per_word, 8, dtype=torch.int32, device=packed.device)
-    values = (whole.view(n, words, packing.bytes_per_word).to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
-    places = packing.place_values(packed.device)
-    digits = torch.div(values.unsqueeze(-1), places, rounding_mode="floor").remainder_(packing.base)
-    return digits.to(torch.uint8).view(n, words * packing.codes_per_word)[:, :k].contiguous()
+    parts = _widened(packed, words * packing.bytes_per_word).reshape(n, words, packing.bytes_per_word)
+    word = parts[:, :, 0].astype(packing.word_dtype)
+    for i in range(1, packing.bytes_per_word):
+        word |= parts[:, :, i].astype(packing.word_dtype) << 8 * i
+    digits = np.empty((n, words, packing.codes_per_word), np.uint8)
+    for place in range(packing.codes_per_word):
+        if packing.base == 3:
+            rest = word // 3
+            digits[:, :, place] = word - 3 * rest
+            word = rest
+        else:  # shifts and masks are many times faster than divisions
+            digits[:, :, place] = word & (packing.base - 1)
+            word >>= packing.base.bit_length() - 1
+    codes = digits.reshape(n, words * packing.codes_per_word)[:, :k]
+    return torch.from_numpy(np.ascontiguousarray(codes)).to(packed.device)
+
+
+def _widened(rows: Tensor, width: int) -> np.ndarray:
+    """The rows on the CPU, with zeros behind them up to whole words. NumPy packs twice as fast as torch."""
+    narrow = rows.detach().cpu().numpy()
+    if narrow.shape[1] == width:
+        return narrow
+    wide = np.zeros((narrow.shape[0], width), np.uint8)
+    wide[:, : narrow.shape[1]] = narrow
+    return wide

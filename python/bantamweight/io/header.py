@@ -75,7 +75,7 @@ class ModelHeader:
     def from_json(cls, text: str, path: object) -> "ModelHeader":
         """Reads and checks a header; raises FormatError with one sentence that names the field."""
         try:
-            raw = json.loads(text)
+            raw = json.loads(text, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: its header is not JSON ({error}); get a whole copy of the file") from None
         check = _Check(path)
@@ -100,6 +100,13 @@ class ModelHeader:
             if first not in header.layers or second in header.layers:
                 check.fail(f"same_layer[{second!r}]", first, "the name of a layer in layers, given once")
         return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
 
 
 def _without_defaults(value: Any) -> Any:

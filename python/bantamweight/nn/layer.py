@@ -57,6 +57,7 @@ class QuantizedLayer(nn.Module):
 
     form: str
     bias: Tensor | None
+    scheme: str
     activation_bits: int | None  # 8 where inputs are rounded to int8
 
     @property

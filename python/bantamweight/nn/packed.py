@@ -7,11 +7,11 @@ the file it is saved to hold the canonical form, so both move between machines.
 from typing import Any, Self
 
 import torch
-from torch import Tensor, empty, float32
+from torch import Tensor, empty, empty_strided, float32
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
 
-from .._C import linear_forward
+from .._C import conv_forward, linear_forward
 from ..errors import BantamweightError
 from ..ops.lowbit_conv2d import Conv2dLayout, describe_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
 from ..ops.lowbit_linear import ALIGNMENT, check_input, check_status, describe_linear, pack_linear, unpack_linear
@@ -178,6 +178,7 @@ class PackedConv2d(PackedLayer):
     """
 
     _described: Conv2dLayout
+    _sizes: tuple[int, int, int, int, int]
 
     def __init__(
         self,
@@ -246,8 +247,14 @@ class PackedConv2d(PackedLayer):
             dilation=geometry.dilation,
             groups=geometry.groups,
         )
-        self._described = describe_conv2d(layout)
-        self.kernel = self._described.kernel
+        found = self._described = describe_conv2d(layout)
+        self.kernel = found.kernel
+        # The output's height is (height + extra) // stride, and so is its width.
+        extra_h, extra_w = (
+            sum(found.padding[2 * i : 2 * i + 2]) - found.dilation[i] * (found.kernel_size[i] - 1) - 1 + found.stride[i]
+            for i in (0, 1)
+        )
+        self._sizes = (found.in_channels, extra_h, found.stride[0], extra_w, found.stride[1])
         return layout
 
     @property
@@ -265,8 +272,8 @@ class PackedConv2d(PackedLayer):
             self.refuse_gradient()
         if self.padding_mode != "zeros":
             x = pad(x, self.geometry.sides, mode=self.padding_mode)
-        found = self._described
         if is_compiling() or type(x) is not Tensor:
+            found = self._described
             return torch.ops.bantamweight.lowbit_conv2d(
                 x,
                 self.layout,
@@ -277,7 +284,23 @@ class PackedConv2d(PackedLayer):
                 found.padding,
                 found.dilation,
             )
-        return run_conv2d(x, self.layout, self.bias, found)
+        # As in PackedLinear: a small image takes the kernel a few microseconds.
+        shape, (channels, extra_h, stride_h, extra_w, stride_w) = x.shape, self._sizes
+        if len(shape) != 4 or shape[1] != channels or x.dtype is not float32 or not x.is_cpu:
+            return run_conv2d(x, self.layout, self.bias, self._described)
+        images, _, h, w = shape
+        n, oh, ow = self.out_channels, (h + extra_h) // stride_h, (w + extra_w) // stride_w
+        if oh < 1 or ow < 1 or h < 1 or w < 1:
+            return run_conv2d(x, self.layout, self.bias, self._described)  # which says what is wrong
+        size, strides = (images, n, oh, ow), (oh * ow * n, 1, ow * n, n)
+        y = empty_strided(size, strides)
+        if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
+            y = empty_strided(size, strides, dtype=float32, device="cpu")
+        layout, layout_bytes, bias = self._addresses
+        status = conv_forward(layout, layout_bytes, x.data_ptr(), images, h, w, *x.stride(), bias, y.data_ptr())
+        if status:
+            check_status(status, self.name_of_layer)
+        return y
 
     def extra_repr(self) -> str:
         return (

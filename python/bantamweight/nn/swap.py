@@ -79,7 +79,7 @@ def pack_(model: M) -> M:
         if reason is not None:
             log.info("%s stays simulated: %s", name or type(layer).__name__, reason)
         kernel = form.kernel if isinstance(form, PackedLayer) else None
-        records.append(PackedRecord(name=name, scheme=layer.quantized.scheme, kernel=kernel, reason=reason))
+        records.append(PackedRecord(name=name, scheme=layer.scheme, kernel=kernel, reason=reason))
         return form
 
     model = _replace(model, packed_form)
