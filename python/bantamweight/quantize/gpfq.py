@@ -47,7 +47,7 @@ class GPFQ(LayerwiseMethod):
     Attributes:
         order: ``"norm"`` visits a layer's inputs by descending ||X~_t||, ``"natural"`` as they stand.
         damping: adds this fraction of the mean of H's diagonal to the diagonals of G and H, as if every input had
-            also been seen alone: steadier where samples are few. 0 is the paper's.
+            also been seen alone: steadier, above all where samples are few.
         centered: follow the path of the inputs less their means, which bias correction makes up for. Needs
             `bias_correction`.
         variant: ``"stochastic"`` rounds up with the probability of the fraction (SGPFQ; Zhang and Saab 2023,
@@ -62,6 +62,9 @@ class GPFQ(LayerwiseMethod):
         sweeps: of coordinate descent.
         The rest: see LayerwiseMethod.
 
+    The defaults are those with the smallest held-out errors on CIFAR-10 ResNets. The paper's own method is
+    ``GPFQ(granularity="layer", order="natural", damping=0, centered=False, refine=None)``.
+
     Raises:
         BantamweightError: a setting out of range; the sentence names it.
 
@@ -73,11 +76,11 @@ class GPFQ(LayerwiseMethod):
     """
 
     order: str = "norm"
-    damping: float = 0.0
+    damping: float = 0.1
     centered: bool = True
     variant: str | None = None
     penalty: float | None = None
-    refine: str | None = None
+    refine: str | None = "auto"
     sweeps: int = 4
 
     method: ClassVar[str] = "gpfq"
@@ -106,8 +109,8 @@ class GPFQ(LayerwiseMethod):
         return self.steps or (_TERNARY_STEPS if self.grid_alphabet.levels <= 4 else _STEPS)
 
     def wants_rows(self, *, inputs: int, neurons: int, rows: int) -> bool:
-        if self.refine is not None or self.damping > 0:
-            return False  # these work on the Gram matrices
+        if self.refine is not None and rows >= 2 * inputs:
+            return False  # the refinements work on the Gram matrices
         columns = neurons * len(self.candidates) * len(self.grid_alphabet.zeros)
         return not gram_is_cheaper(inputs=inputs, columns=columns, samples=rows)
 
@@ -154,14 +157,15 @@ class GPFQ(LayerwiseMethod):
         if self.damping == 0:
             return cross, gram
         ridge = self.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
-        identity = ridge[:, None, None] * torch.eye(problem.inputs, dtype=gram.dtype)
-        return cross + identity, gram + identity
+        ridge = ridge[:, None, None] * torch.eye(problem.inputs, dtype=gram.dtype)
+        return cross + ridge, gram + ridge
 
     def _plain_solver(self, problem: LayerProblem) -> Solve:
         order, rounding = self._order(problem), self._rounding(problem)
         kept = problem.samples(self._is_centered)
         if kept is not None:
-            return lambda grid: follow_samples(problem.weight, *kept, grid, order=order, rounding=rounding)
+            ridge = self.damping * kept[1].square().sum(1).mean(1)
+            return lambda grid: follow_samples(problem.weight, *kept, grid, order=order, ridge=ridge, rounding=rounding)
         matrices = self._damped(problem)
         return lambda grid: follow_gram(problem.weight, *matrices, grid, order=order, rounding=rounding)
 
@@ -187,7 +191,7 @@ class GPFQ(LayerwiseMethod):
             aligned = self._search(problem, outputs, solve)
             if aligned.error < best.error:
                 best, kept = aligned, "aligned"
-        return best, (f"{kept}: held-out error {(plain.error / max(best.error, 1e-300)) ** -0.5:.3f} of plain",)
+        return best, (f"{kept}: held-out error {(best.error / max(plain.error, 1e-300)) ** 0.5:.3f} of plain",)
 
     def _descend(
         self,

@@ -110,6 +110,7 @@ def follow_samples(
     grid: Grid,
     *,
     order: Tensor | None = None,
+    ridge: Tensor | None = None,
     rounding: Rounding = NEAREST,
 ) -> Tensor:
     """Path following in sample-block form: no d x d matrix, cheaper where there are few samples.
@@ -117,6 +118,7 @@ def follow_samples(
     Args:
         weight: [problems, d, neurons].
         analog, quantized: X and X~, [problems, m, d].
+        ridge: [problems], what is added to the diagonals of G and H; None for nothing.
         grid, order, rounding: as in `follow_gram`, and so is the result.
     """
     problems, d, neurons = weight.shape
@@ -132,9 +134,12 @@ def follow_samples(
         x = analog[:, :, visit[a:b]]
         x_tilde = quantized[:, :, visit[a:b]]
         transposed = x_tilde.transpose(1, 2)
-        gram = torch.bmm(transposed, x_tilde)
+        gram, left = torch.bmm(transposed, x_tilde), torch.bmm(transposed, x)
+        if ridge is not None:
+            gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+            left.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
         inverse, dead = _inverse_norms(gram)
-        left = torch.bmm(transposed, x) * inverse[:, :, None]
+        left *= inverse[:, :, None]
         _keep_lower(left, dead)
         panel = torch.bmm(left, weight[:, a:b])
         panel += torch.bmm(transposed, error) * inverse[:, :, None]
