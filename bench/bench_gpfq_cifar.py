@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 bits, 3 bits and ternary only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    folder = Path(os.environ.get("BANTAMWEIGHT_DATA") or sys.exit("set BANTAMWEIGHT_DATA to the folder with cifar10.npz"))
+    folder = Path(
+        os.environ.get("BANTAMWEIGHT_DATA") or sys.exit("set BANTAMWEIGHT_DATA to the folder with cifar10.npz")
+    )
     sys.path.insert(0, str(folder))
     from models import CifarResNet, load  # type: ignore[import-not-found]
 
