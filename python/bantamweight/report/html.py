@@ -64,7 +64,7 @@ def page(report: Report) -> str:
         ),
         *_picture(
             "Time a batch",
-            f"{report.machine.threads} thread(s) on {report.machine.cpu}. Shorter is better.",
+            f"{report.machine.threads} thread(s) on {report.machine.cpu}. Shorter is better. {report.busy or ''}",
             pictures.latency(report),
         ),
         *_picture(

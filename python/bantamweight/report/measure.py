@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -56,6 +57,14 @@ def latency(models: Mapping[str, nn.Module], x: Tensor, batch_size: int, *, seco
                 model(batch)
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def busy_note() -> str | None:
+    """A sentence for the report where other work ran beside the measurement, which makes times meaningless."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= 1.5 * cores:
+        return None
+    return f"The machine was busy (load {load:.1f} on {cores} cores): measure the times again when it is not."
 
 
 def float_bytes(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .results import Outcome, Report
-from .tables import faster, images, milliseconds, percent, size
+from .tables import compared, images, milliseconds, percent, size
 
 WIDTH = 720
 FLOAT = "var(--float)"
@@ -91,18 +91,17 @@ def latency(report: Report) -> str:
     networks = [(report.baseline, FLOAT), *((o, _colour(i)) for i, o in enumerate(report.packed))]
     left, right, row, title = _label_width([o.label for o, _ in networks]), 190, 26, 34
     parts, y = [], 0.0
-    for batch, baseline_ms in report.baseline.latency.items():
+    for batch in report.baseline.latency:
         longest = max(outcome.latency[batch] for outcome, _ in networks)
         parts.append(_text(0, y + 20, f"{images(batch)} at once", "start", "strong"))
         y += title
         for outcome, colour in networks:
             ms = outcome.latency[batch]
             width = max(1.0, (WIDTH - left - right) * ms / longest)
-            note = "" if outcome is report.baseline else f"  {faster(baseline_ms, ms)}"
             parts += [
                 _text(left - 12, y + row / 2 + 4, outcome.label, "end"),
                 f'<rect x="{left}" y="{y + 4:.1f}" width="{width:.1f}" height="{row - 8}" rx="2" fill="{colour}"/>',
-                _text(left + width + 8, y + row / 2 + 4, milliseconds(ms) + note, "start"),
+                _text(left + width + 8, y + row / 2 + 4, milliseconds(ms) + compared(report, outcome, batch), "start"),
             ]
             y += row
         y += 14

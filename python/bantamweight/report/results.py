@@ -44,7 +44,10 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """`packed[chosen]` is the network in model.safetensors; the others were tried in the same run."""
+    """`packed[chosen]` is the network in model.safetensors; the others were tried in the same run.
+
+    `busy` says what other work spoilt the times, if any did.
+    """
 
     network: str
     method: str
@@ -56,6 +59,7 @@ class Report:
     skipped: Mapping[str, str]
     max_drop: float | None
     notes: Sequence[str]
+    busy: str | None
     machine: Machine
     seconds: float
 
@@ -84,6 +88,7 @@ class Report:
             ],
             "max_drop": self.max_drop,
             "notes": list(self.notes),
+            "busy": self.busy,
             "calibration_inputs": self.calibration_inputs,
             "test_inputs": self.test_inputs,
             "machine": asdict(self.machine),
