@@ -99,7 +99,11 @@ def train(
     model.train()
     with tqdm(total=config.epochs * len(starts), desc=config.optimizer, unit="step", disable=None) as bar:
         for epoch in range(config.epochs):
-            order, total, begin = torch.randperm(len(x), generator=generator), torch.zeros(()), perf_counter()
+            order, total, begin = (
+                torch.randperm(len(x), generator=generator),
+                torch.zeros((), device=x.device),
+                perf_counter(),
+            )
             for start in starts:
                 chosen = order[start : start + config.batch_size]
                 inputs = shift_and_mirror(x[chosen], config.pad, generator) if config.augment else x[chosen]

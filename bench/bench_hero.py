@@ -1,0 +1,304 @@
+"""What HERO, SAM, ASAM and SGD leave after quantization and label noise: digits, Fashion-MNIST, CIFAR-10.
+
+Every optimizer's own hyper-parameters (SGD's lr, rho, h and lam) are chosen on a validation split carved from the
+training data, by the mean over the selection seeds: of W3 per-tensor accuracy without label noise, of float accuracy
+on the (just as noisy) validation labels with it. Then each is trained on all training data with other seeds, and
+tested once. A finished run is a line of DIR/runs.jsonl and is not run again, so a killed benchmark goes on.
+
+    python bench/bench_hero.py --results DIR [--tasks digits fashion cifar] [--finished-only]
+
+Fashion-MNIST and CIFAR-10 are read from the folder in BANTAMWEIGHT_DATA (fashion_mnist.npz, cifar10.npz).
+"""
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from bantamweight import GPFQ, RoundToNearest, quantize
+from bantamweight.curvature import top_eigenvalues
+from bantamweight.demo import load_digits
+from bantamweight.train import loop
+from bantamweight.train.loop import TrainConfig
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+BITS = (8, 4, 3, 2)
+SELECTION_SEEDS, FINAL_SEEDS = (100, 101), (0, 1, 2, 3, 4)
+Data = tuple[Tensor, Tensor, Tensor, Tensor]  # x_train, y_train, x_test, y_test
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A data set, a network, a schedule, and the candidates for every optimizer."""
+
+    load: Callable[[], Data]
+    make_model: Callable[[], nn.Module]
+    base: TrainConfig
+    noises: tuple[float, ...]
+    validation: int
+    candidates: dict[str, list[dict[str, Any]]]
+    select_at: dict[float, float] = field(default_factory=dict)  # noise -> noise its candidates are chosen at
+    selection_seeds: tuple[int, ...] = SELECTION_SEEDS
+    final_seeds: tuple[int, ...] = FINAL_SEEDS
+
+
+# ---- data and networks ----------------------------------------------------------------------------------------
+
+
+def digits() -> Data:
+    d = load_digits()
+    return d.x_train, d.y_train, d.x_test, d.y_test
+
+
+def fashion() -> Data:
+    """The first 4,000 training images and the first 5,000 test images."""
+    return _npz("fashion_mnist.npz", 4000, 5000)
+
+
+def cifar() -> Data:
+    """The first 5,000 training images and the 1,000 lossless test images."""
+    return _npz("cifar10.npz", 5000, 1000)
+
+
+def _npz(name: str, n_train: int, n_test: int) -> Data:
+    with np.load(Path(os.environ["BANTAMWEIGHT_DATA"]) / name) as file:
+        arrays = {key: file[key][: n_train if "train" in key else n_test] for key in file.files}
+
+    def images(key: str) -> Tensor:
+        x = torch.from_numpy(arrays[key]).float().div_(255)
+        return x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2).contiguous()
+
+    x_train, x_test = images("x_train"), images("x_test")
+    shift, scale = x_train.mean((0, 2, 3), keepdim=True), x_train.std((0, 2, 3), keepdim=True)
+    y_train, y_test = (torch.from_numpy(arrays[key]).long() for key in ("y_train", "y_test"))
+    return (x_train - shift) / scale, y_train, (x_test - shift) / scale, y_test
+
+
+def three_convolutions(first_stride: int, width: int = 16) -> nn.Module:
+    """Three convolutions with BatchNorm, then the mean over pixels: 24 thousand parameters (width 8: 6 thousand)."""
+
+    def block(channels_in: int, channels: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+
+    layers = [*block(1, width, first_stride), *block(width, 2 * width, 2), *block(2 * width, 4 * width, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.pad = stride, (channels - channels_in) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + shortcut)
+
+
+class ResNet20(nn.Module):
+    """He et al. (2015, arXiv 1512.03385), section 4.2, with the parameter-free shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)] + [(64, 64, 1)] * 2
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.Sequential(*[ResidualBlock(*w) for w in widths])
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+TASKS = {
+    "digits": Task(
+        load=digits,
+        make_model=lambda: three_convolutions(1),
+        base=TrainConfig(epochs=40, batch_size=50, lr=0.1),
+        noises=(0.0, 0.4),
+        validation=200,
+        candidates={
+            "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
+            "sam": [{"h": h} for h in (0.1, 0.2, 0.5, 1.0)],
+            "asam": [{"h": h} for h in (0.5, 1.0, 2.0, 4.0)],
+            "hero": [{"h": h, "lam": lam} for h, lam in ((0.5, 5.0), (1.0, 50.0), (1.0, 500.0), (2.0, 500.0))],
+        },
+    ),
+    "fashion": Task(
+        load=fashion,
+        make_model=lambda: three_convolutions(2, width=8),
+        base=TrainConfig(epochs=12, batch_size=100, lr=0.1, mode="fd"),
+        noises=(0.4, 0.8, 0.0, 0.2, 0.6),
+        validation=1000,
+        candidates={
+            "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
+            "sam": [{"h": h} for h in (0.1, 0.2, 0.5)],
+            "asam": [{"h": h} for h in (1.0, 2.0, 4.0)],
+            "hero": [{"h": h, "lam": lam} for h, lam in ((1.0, 50.0), (1.0, 500.0), (2.0, 500.0))],
+        },
+        select_at={0.0: 0.4, 0.2: 0.4, 0.6: 0.4, 0.8: 0.4},
+        selection_seeds=SELECTION_SEEDS[:1],
+    ),
+    "cifar": Task(
+        load=cifar,
+        make_model=ResNet20,
+        base=TrainConfig(epochs=10, batch_size=100, lr=0.1, augment=True, mode="fd"),
+        noises=(0.0,),
+        validation=0,  # one published or usual setting each: a search does not fit the machine
+        candidates={"sgd": [{}], "sam": [{"h": 0.1}], "hero": [{"h": 0.5, "lam": 5.0}]},
+        final_seeds=FINAL_SEEDS[:1],
+    ),
+}
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------
+
+
+class UnfinishedError(Exception):
+    """A run is missing, and only finished ones are wanted."""
+
+
+class Runs:
+    """Finished runs, one JSON line each."""
+
+    def __init__(self, folder: Path, compute: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.compute = folder / "runs.jsonl", compute
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {r["key"]: r for r in map(json.loads, lines)}
+
+    def get(self, stage: str, task: str, config: TrainConfig, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        key = json.dumps([stage, task, asdict(config)], sort_keys=True)
+        if key not in self.done:
+            if not self.compute:
+                raise UnfinishedError
+            self.done[key] = {"key": key, "stage": stage, "task": task, "config": asdict(config), **measure()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.done[key]) + "\n")
+            print(stage, task, config.optimizer, config.label_noise, config.h, config.lam, config.seed, flush=True)
+        return self.done[key]
+
+
+def fit(task: Task, x: Tensor, y: Tensor, config: TrainConfig) -> tuple[nn.Module, float]:
+    torch.manual_seed(config.seed)
+    model = task.make_model()
+    return model, loop.train(model, x, y, config).seconds_per_step
+
+
+def quantized(model: nn.Module, method: GPFQ | RoundToNearest, x: Tensor, fold: bool) -> nn.Module:
+    return quantize(model, method, calibration=x, fold_batchnorm=fold, progress=False)
+
+
+def per_tensor(model: nn.Module, bits: int, x: Tensor) -> nn.Module:
+    """Rounded to nearest with one symmetric step a layer that reaches its largest weight, BatchNorm in float."""
+    return quantized(model, RoundToNearest(bits=bits, granularity="layer", alphabet="symmetric"), x[:64], False)
+
+
+def validate(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
+    x, y = data[:2]
+    generator = torch.Generator().manual_seed(config.seed)
+    y = loop.add_label_noise(y, config.label_noise, generator)
+    order = torch.randperm(len(x), generator=generator)
+    held, kept = order[: task.validation], order[task.validation :]
+    model, _ = fit(task, x[kept], y[kept], replace(config, label_noise=0.0))
+    right = loop.accuracy(model, x[held], y[held])
+    return {"float": right, "w3": loop.accuracy(per_tensor(model, 3, x[kept]), x[held], y[held])}
+
+
+def test(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
+    x, y, x_test, y_test = data
+    model, seconds = fit(task, x, y, config)
+    result: dict[str, Any] = {"seconds_per_step": seconds, "float": loop.accuracy(model, x_test, y_test)}
+    for bits in BITS:
+        forms = {
+            f"tensor{bits}": per_tensor(model, bits, x),
+            f"channel{bits}": quantized(model, RoundToNearest(bits=bits), x[:64], True),
+            f"gpfq{bits}": quantized(model, GPFQ(bits=bits), x[:512], True),
+        }
+        result |= {name: loop.accuracy(form, x_test, y_test) for name, form in forms.items()}
+    # Of the mean loss over clean training images, as the deployed network computes it (evaluation mode).
+    top = top_eigenvalues(model, F.cross_entropy, (x[:1000], y[:1000]), tol=1e-2, progress=True)
+    return result | {"lambda_max": float(top.values[0]), "lambda_converged": top.converged}
+
+
+def choose(runs: Runs, name: str, data: Data, noise: float, optimizer: str) -> dict[str, Any]:
+    """The candidate with the best mean on validation; the first of equals."""
+    task = TASKS[name]
+    candidates = task.candidates[optimizer]
+    if len(candidates) == 1:
+        return candidates[0]
+    at = task.select_at.get(noise, noise)
+    metric = "float" if at else "w3"
+
+    def score(candidate: dict[str, Any]) -> float:
+        configs = [
+            replace(task.base, optimizer=optimizer, label_noise=at, seed=seed, **candidate)
+            for seed in task.selection_seeds
+        ]
+        return mean(runs.get("select", name, c, lambda c=c: validate(task, data, c))[metric] for c in configs)
+
+    return max(candidates, key=score)
+
+
+def final_runs(runs: Runs, name: str) -> Iterator[tuple[float, str, dict[str, Any], list[dict[str, Any]]]]:
+    task, data = TASKS[name], TASKS[name].load()
+    for noise in task.noises:
+        for optimizer in task.candidates:
+            try:
+                candidate = choose(runs, name, data, noise, optimizer)
+                config = replace(task.base, optimizer=optimizer, label_noise=noise, **candidate)
+                configs = [replace(config, seed=seed) for seed in task.final_seeds]
+                records = [runs.get("test", name, c, lambda c=c: test(task, data, c)) for c in configs]
+            except UnfinishedError:
+                continue
+            yield noise, optimizer, candidate, records
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------
+
+
+def spread(records: list[dict[str, Any]], key: str, scale: float = 100.0) -> str:
+    values = [r[key] * scale for r in records]
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def table(name: str, runs: Runs) -> str:
+    columns = {"float": "float", "tensor4": "W4 tensor", "tensor3": "W3 tensor"}
+    columns |= {f"channel{b}": f"W{b} channel" for b in (4, 3, 2)} | {f"gpfq{b}": f"W{b} GPFQ" for b in BITS}
+    lines = [f"| noise | optimizer | chosen | {' | '.join(columns.values())} | lambda_max | seeds |"]
+    lines.append("|" + "---|" * (len(columns) + 5))
+    for noise, optimizer, candidate, records in final_runs(runs, name):
+        cells = [spread(records, key) for key in columns]
+        chosen = ", ".join(f"{k} {v:g}" for k, v in candidate.items())
+        row = [f"{noise:.0%}", optimizer.upper(), chosen, *cells, spread(records, "lambda_max", 1.0), str(len(records))]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="folder for finished runs, outside the repository")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--finished-only", action="store_true", help="run nothing, show the rows that are complete")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = Runs(args.results, compute=not args.finished_only)
+    for name in args.tasks:
+        body = table(name, runs)
+        print(f"\n### {name} ({platform.machine()}, torch {torch.__version__}, 1 thread)\n\n{body}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What a step of SAM and HERO costs beside one of SGD: CPU time and memory, ResNet-20, one thread.
+
+Time: the optimizers take turns in one process, each with a network of its own; the median over the rounds, and the
+quartiles of its ratio to SGD's step of the same round. Memory: each alone in a fresh process, what three steps add to
+the resident set at its peak (network, activations, gradients, optimizer).
+
+    python bench/bench_hero_cost.py [--batch 64] [--rounds 9]
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from time import process_time
+
+import torch
+from bantamweight import HERO
+from bench_hero import ResNet20
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
+
+OPTIMIZERS = {
+    "SGD": None,
+    "SAM": {"lam": 0.0, "h": 0.1, "perturbation": "plain"},
+    "ASAM": {"lam": 0.0, "h": 1.0},
+    "HERO exact": {"mode": "exact"},
+    "HERO fd": {"mode": "fd"},
+}
+
+
+def make_step(name: str, batch: int) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model, x, y = ResNet20(), torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    options, base = OPTIMIZERS[name], {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+    if options is None:
+        sgd = torch.optim.SGD(model.parameters(), **base)
+
+        def step() -> None:
+            sgd.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            sgd.step()
+
+        return step
+    hero = HERO(model.parameters(), torch.optim.SGD, model=model, **options, **base)
+    return lambda: hero.step(lambda: F.cross_entropy(model(x), y))
+
+
+def resident_peak() -> float:
+    """MiB. Not getrusage: its peak is inherited from the process that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def memory(name: str, batch: int) -> float:
+    """MiB; freed tensors go back to the system at once, so that the peak is of live ones."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--batch", str(batch), "--memory-of", name]
+    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def print_memory(name: str, batch: int) -> None:
+    make_step("SGD", 2)()  # what torch itself loads on first use is not the optimizer's
+    before = resident_peak()
+    step = make_step(name, batch)
+    for _ in range(3):
+        step()
+    print(resident_peak() - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory-of", choices=OPTIMIZERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.memory_of:
+        return print_memory(args.memory_of, args.batch)
+    steps = {name: make_step(name, args.batch) for name in OPTIMIZERS}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(args.rounds + 1):
+        for name, step in steps.items():
+            begin = process_time()
+            step()
+            if round_:  # the first is a warm-up
+                seconds[name].append(process_time() - begin)
+    print(f"ResNet-20, batch {args.batch}, one thread, {platform.machine()}, torch {torch.__version__}\n")
+    print("| optimizer | ms a step | times SGD (quartiles) | MiB added | times SAM |\n|---|---|---|---|---|")
+    peak = {name: memory(name, args.batch) for name in steps}
+    for name, times in seconds.items():
+        ratios = [t / s for t, s in zip(times, seconds["SGD"], strict=True)]
+        low, _, high = quantiles(ratios, n=4)
+        print(
+            f"| {name} | {1e3 * median(times):.0f} | {median(ratios):.2f} ({low:.2f} to {high:.2f}) "
+            f"| {peak[name]:.0f} | {peak[name] / peak['SAM']:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
