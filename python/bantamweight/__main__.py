@@ -1,4 +1,4 @@
-"""The `bantamweight` command: `bantamweight compress | evaluate | info | bench`."""
+"""The `bantamweight` command: `bantamweight compress | evaluate | info | bench | train`."""
 
 from __future__ import annotations
 

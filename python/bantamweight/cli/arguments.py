@@ -12,6 +12,7 @@ from ..errors import BantamweightError
 
 METHODS = ("gpfq", "nearest")
 BITS = ("ternary", "2", "3", "4", "8")
+OPTIMIZERS = ("sgd", "sam", "asam", "hero")
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,11 +25,14 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="bantamweight", description="Make trained PyTorch networks small and run them fast.")
     parser.add_argument("--version", action="version", version=f"bantamweight {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compress | evaluate | info | bench")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="compress | evaluate | info | bench | train"
+    )
     _add_compress(commands)
     _add_evaluate(commands)
     _add_info(commands)
     _add_bench(commands)
+    _add_train(commands)
     return parser.parse_args(argv)
 
 
@@ -105,6 +109,45 @@ def _add_bench(commands) -> None:
     _add_machine(parser)
 
 
+def _add_train(commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train with HERO, SAM, ASAM or SGD and see what is left after quantization",
+        description="Train a classifier with one or several optimizers, quantize each to 8, 4, 3 and 2 bits, and write "
+        "a report: accuracies, curvature, loss surface, cost of a step. Without --model it does so on the embedded "
+        "example, scikit-learn's digits.",
+    )
+    own = parser.add_argument_group("your network (give all three, or none for the embedded example)")
+    own.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns an nn.Module")
+    own.add_argument("--train", type=Path, metavar="FILE", help="npz with inputs x [n, ...] and labels y [n]")
+    own.add_argument("--test", type=Path, metavar="FILE", help="npz with x and y that training does not see")
+    _add_preprocessing(own)
+    how = parser.add_argument_group("how")
+    how.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["hero"],
+                     help="one or several to compare (default hero)")  # fmt: skip
+    how.add_argument("--epochs", type=_positive, default=30, help="passes over the training data (default 30)")
+    how.add_argument("--batch-size", type=_positive, default=64, help="inputs a step (default 64)")
+    how.add_argument("--lr", type=_at_least_zero, default=0.1, help="learning rate, with a cosine schedule "
+                     "(default 0.1)")  # fmt: skip
+    how.add_argument("--momentum", type=_fraction, default=0.9, help="default 0.9")
+    how.add_argument("--weight-decay", type=_at_least_zero, default=5e-4, help="default 0.0005")
+    how.add_argument("--h", type=_at_least_zero, help="radius of the perturbation, rho of SAM and ASAM (default: hero "
+                     "0.5, asam 1, sam 0.1)")  # fmt: skip
+    how.add_argument("--lam", type=_at_least_zero, default=5.0, help="HERO's lambda (default 5)")
+    how.add_argument("--mode", choices=["exact", "fd"], default="exact",
+                     help="HERO's Hessian product: exact (default), or fd: cheaper, by finite differences")  # fmt: skip
+    how.add_argument("--reduction", choices=["mean", "sum"], default="mean",
+                     help="divide lambda by each layer's size (mean, the default) or not (sum)")  # fmt: skip
+    how.add_argument("--label-noise", type=_fraction, default=0.0, help="share of training labels made wrong")
+    how.add_argument("--augment", action="store_true", help="shift and mirror the training images at random")
+    how.add_argument("--seeds", type=_positive, default=1, metavar="N", help="networks an optimizer (default 1)")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", type=Path, default=Path("out"), help="folder for report.json, report.html and runs/ "
+                     "(default out)")  # fmt: skip
+    out.add_argument("--resume", action="store_true", help="keep the finished runs of a stopped run into --out")
+    _add_machine(parser)
+
+
 def _add_preprocessing(parser) -> None:
     parser.add_argument("--mean", type=_numbers, metavar="M[,M...]", help="for uint8 x: (x / 255 - mean) / std")
     parser.add_argument("--std", type=_numbers, metavar="S[,S...]", help="one number, or one a channel")
@@ -134,6 +177,16 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a number from 0 to 1, such as 0.01 for one point of accuracy"
         )
+    return value
+
+
+def _at_least_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or more")
     return value
 
 

@@ -52,11 +52,11 @@ def page(report: Report) -> str:
         f"<h1>{escape(tables.headline(report))}</h1>",
         _key_figures(report),
         "<h2>The networks side by side</h2>",
-        _paragraph(
+        paragraph(
             "Every row was measured in the same run on the same test images; times are medians, taken in turns."
             + (f" The row in bold ({report.best.label}) is the one in model.safetensors." if several else "")
         ),
-        _table(tables.columns(report), tables.rows(report), chosen=report.chosen + 2 if several else None),
+        table(tables.columns(report), tables.rows(report), chosen=report.chosen + 2 if several else None),
         *_picture(
             "Accuracy against size",
             "Each gridline is twice the size of the one before. Up and to the left is better.",
@@ -78,7 +78,7 @@ def page(report: Report) -> str:
         *_kept_in_float(report),
         "<h2>How this was made</h2>",
         _facts(report),
-        *(_paragraph(note) for note in report.notes),
+        *(paragraph(note) for note in report.notes),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -121,14 +121,14 @@ def _layers(report: Report) -> str:
         ]
         for layer in report.best.layers
     ]
-    return _table(header, body)
+    return table(header, body)
 
 
 def _kept_in_float(report: Report) -> list[str]:
     if not report.skipped:
         return []
     rows = [[name, reason] for name, reason in report.skipped.items()]
-    return ["<h2>Kept in float</h2>", _table(["layer", "why"], rows)]
+    return ["<h2>Kept in float</h2>", table(["layer", "why"], rows)]
 
 
 def _facts(report: Report) -> str:
@@ -143,11 +143,11 @@ def _facts(report: Report) -> str:
     return f"<dl>{''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in facts.items())}</dl>"
 
 
-def _paragraph(text: str) -> str:
+def paragraph(text: str) -> str:
     return f'<p class="soft">{escape(text)}</p>'
 
 
-def _table(header: Sequence[str], body: Sequence[Sequence[str]], chosen: int | None = None) -> str:
+def table(header: Sequence[str], body: Sequence[Sequence[str]], chosen: int | None = None) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     marked = ' class="chosen"'
     rows = (

@@ -107,7 +107,7 @@ def train(
             for start in starts:
                 chosen = order[start : start + config.batch_size]
                 inputs = shift_and_mirror(x[chosen], config.pad, generator) if config.augment else x[chosen]
-                total += _update(model, optimizer, inputs, y[chosen])
+                total += update(model, optimizer, inputs, y[chosen])
                 schedule.step()
                 bar.update()
             seconds.append((perf_counter() - begin) / len(starts))
@@ -121,7 +121,9 @@ def train(
     return TrainResult(losses=losses, seconds_per_step=sorted(seconds)[len(seconds) // 2])
 
 
-def _update(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
+def update(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    """One step on a batch; returns its mean loss before the step, detached."""
+
     def loss() -> Tensor:
         return F.cross_entropy(model(x), y)
 
