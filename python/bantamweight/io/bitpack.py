@@ -87,7 +87,7 @@ def pack_codes(codes: Tensor, levels: int) -> Tensor:
         return codes.clone(memory_format=torch.contiguous_format)
     words = -(-k // packing.codes_per_word)
     digits = _widened(codes, words * packing.codes_per_word).reshape(n, words, packing.codes_per_word)
-    word = np.zeros((n, words), packing.word_dtype)
+    word: Any = np.zeros((n, words), packing.word_dtype)
     for place in reversed(range(packing.codes_per_word)):  # Horner's rule
         word *= packing.word_dtype(packing.base)
         word += digits[:, :, place]
