@@ -3,7 +3,7 @@
 // 16 of its quads, 64 k of 64 channels, are four B tiles of 16 channels once the nested masks are
 // applied; an A tile is 16 activation rows x 64 k as they lie in memory. At 2 bits each 64-byte row
 // of the weights costs 1 load, 3 and, 3 stores into a ring that stays in L1, and its share of four
-// tile loads; the fourth B tile is the row itself, loaded from where it lies. One or two rows run on
+// tile loads; the fourth B tile is the row itself, loaded from where it lies. Up to three rows run on
 // VNNI.
 //
 // A chunk (4 tile products, 64 cycles) takes about as long on the store port, so everything is one
@@ -24,7 +24,7 @@ constexpr int64_t kBlockN = 64, kTileRows = 16, kTileBytes = 1024, kTileSums = k
 constexpr int64_t kChunkQuads = 16;  // 64 k
 constexpr int64_t kAhead = 2, kRing = kAhead + 1;
 // With fewer rows VNNI, which does not store and load the unpacked weights again, is faster.
-constexpr int64_t kMinRows = 3;
+constexpr int64_t kMinRows = 4;
 
 // Written with memory clobbers: the compiler sees neither what a tile load reads nor what a store writes.
 #define TILE_LOAD(tile, address, stride) \

@@ -14,6 +14,62 @@ static constexpr int nested_shift(int j) {
   return kBits == 2 ? 2 * j : kBits == 4 ? 4 * (j & 1) : 0;
 }
 
+// Lanes 16 j .. 16 j + 15 of a block that are channels.
+static inline __mmask16 valid_lanes(const TileTask& task, int j) {
+  const int64_t left = task.block_n_valid - 16 * j;
+  return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+}
+
+template <int kBits, bool kUniformZero, bool kFirst, bool kLast>
+static inline void finish_rows(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count,
+                               const int32_t* sums, float* partial) {
+  const float* scale = task.scale + group * 64;
+  const int32_t* row_sums = task.row_sums + first_row * task.groups + group;
+  __mmask16 valid[4];
+  __m512 bias[4];
+  if constexpr (kLast) {
+    for (int j = 0; j < 4; ++j) {
+      valid[j] = valid_lanes(task, j);
+      bias[j] = task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid[j], task.bias + 16 * j);
+    }
+  }
+#pragma GCC unroll 1
+  for (int64_t r = 0; r < row_count; ++r, sums += 64, partial += 64, row_sums += task.groups) {
+    __m512i s[4];
+    for (int j = 0; j < 4; ++j) s[j] = _mm512_load_si512(sums + 16 * j);
+    if constexpr (kBits == 2) {
+      s[3] = _mm512_sub_epi32(s[3], s[2]);
+      s[2] = _mm512_sub_epi32(s[2], s[1]);
+      s[1] = _mm512_sub_epi32(s[1], s[0]);
+    } else if constexpr (kBits == 4) {
+      s[3] = _mm512_sub_epi32(s[3], s[2]);
+      s[1] = _mm512_sub_epi32(s[1], s[0]);
+    }
+    if constexpr (kUniformZero) {
+      const __m512i zero = _mm512_set1_epi32(task.uniform_zero * *row_sums);
+      for (int j = 0; j < 4; ++j) s[j] = _mm512_sub_epi32(s[j], _mm512_slli_epi32(zero, nested_shift<kBits>(j)));
+    }
+    __m512 out[4];
+    for (int j = 0; j < 4; ++j) {
+      out[j] = kFirst ? _mm512_setzero_ps() : _mm512_load_ps(partial + 16 * j);
+      out[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[j]), _mm512_load_ps(scale + 16 * j), out[j]);
+      if constexpr (!kUniformZero) {
+        out[j] = _mm512_fnmadd_ps(_mm512_load_ps(task.zero_scale + group * 64 + 16 * j),
+                                  _mm512_set1_ps(static_cast<float>(*row_sums)), out[j]);
+      }
+    }
+    if constexpr (kLast) {
+      const __m512 row_scale = _mm512_set1_ps(task.row_scale[first_row + r]);
+      float* y = task.y + (first_row + r) * task.ldy;
+      for (int j = 0; j < 4; ++j) {
+        _mm512_mask_storeu_ps(y + 16 * j, valid[j], _mm512_fmadd_ps(out[j], row_scale, bias[j]));
+      }
+    } else {
+      for (int j = 0; j < 4; ++j) _mm512_store_ps(partial + 16 * j, out[j]);
+    }
+  }
+}
+
 // Adds group `group` of `row_count` rows to their outputs.
 //   sums     [row_count][64] int32: for 2 bits S0, S0 + 4 S1, S0 + 4 S1 + 16 S2, ..; for 4 bits S0,
 //            S0 + 16 S1, S2, S2 + 16 S3; for 8 bits S0 .. S3 (S_j: channels 16 j .. 16 j + 15)
@@ -22,51 +78,26 @@ static constexpr int nested_shift(int j) {
 template <int kBits>
 static inline void finish_group(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count,
                                 const int32_t* sums, float* partial) {
-  const float* scale = task.scale + group * 64;
   const bool first = group == 0, last = group == task.groups - 1;
-  __mmask16 valid[4];
-  __m512 bias[4];
-  for (int j = 0; j < 4; ++j) {
-    const int64_t left = task.block_n_valid - 16 * j;
-    valid[j] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-    bias[j] = task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid[j], task.bias + 16 * j);
+  auto* finish = &finish_rows<kBits, true, false, false>;
+  if (task.zero_scale == nullptr) {
+    if (first && last)
+      finish = &finish_rows<kBits, true, true, true>;
+    else if (first)
+      finish = &finish_rows<kBits, true, true, false>;
+    else if (last)
+      finish = &finish_rows<kBits, true, false, true>;
+  } else {
+    if (first && last)
+      finish = &finish_rows<kBits, false, true, true>;
+    else if (first)
+      finish = &finish_rows<kBits, false, true, false>;
+    else if (last)
+      finish = &finish_rows<kBits, false, false, true>;
+    else
+      finish = &finish_rows<kBits, false, false, false>;
   }
-#pragma GCC unroll 1
-  for (int64_t r = 0; r < row_count; ++r) {
-    const int32_t row_sum = task.row_sums[(first_row + r) * task.groups + group];
-    __m512i s[4];
-    for (int j = 0; j < 4; ++j) s[j] = _mm512_loadu_si512(sums + r * 64 + 16 * j);
-    if (kBits == 2) {
-      s[3] = _mm512_sub_epi32(s[3], s[2]);
-      s[2] = _mm512_sub_epi32(s[2], s[1]);
-      s[1] = _mm512_sub_epi32(s[1], s[0]);
-    } else if (kBits == 4) {
-      s[3] = _mm512_sub_epi32(s[3], s[2]);
-      s[1] = _mm512_sub_epi32(s[1], s[0]);
-    }
-    __m512 out[4];
-    for (int j = 0; j < 4; ++j) {
-      out[j] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(partial + r * 64 + 16 * j);
-      if (task.zero_scale == nullptr) {
-        const __m512i zero = _mm512_set1_epi32(task.uniform_zero * row_sum);
-        s[j] = _mm512_sub_epi32(s[j], _mm512_slli_epi32(zero, nested_shift<kBits>(j)));
-      }
-      out[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[j]), _mm512_loadu_ps(scale + 16 * j), out[j]);
-      if (task.zero_scale != nullptr) {
-        out[j] = _mm512_fnmadd_ps(_mm512_loadu_ps(task.zero_scale + group * 64 + 16 * j),
-                                  _mm512_set1_ps(static_cast<float>(row_sum)), out[j]);
-      }
-    }
-    if (last) {
-      const __m512 row_scale = _mm512_set1_ps(task.row_scale[first_row + r]);
-      float* y = task.y + (first_row + r) * task.ldy;
-      for (int j = 0; j < 4; ++j) {
-        _mm512_mask_storeu_ps(y + 16 * j, valid[j], _mm512_fmadd_ps(out[j], row_scale, bias[j]));
-      }
-    } else {
-      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(partial + r * 64 + 16 * j, out[j]);
-    }
-  }
+  finish(task, group, first_row, row_count, sums, partial);
 }
 
 // Outputs of a layer without inputs: the bias alone.
