@@ -9,6 +9,7 @@ from typing import Any
 import bantamweight as bw
 import pytest
 import torch
+from bantamweight import _C
 from bantamweight.errors import BantamweightError, FormatError
 from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear, fold_batchnorm
 from bantamweight.weights import QuantizedWeight, conv_matrix
@@ -99,6 +100,23 @@ def test_round_trip_is_exact(fold: bool, tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     bw.save(loaded, again)
     assert again.read_bytes() == path.read_bytes()  # the same model is the same file
+
+
+@pytest.mark.parametrize("kernel", [name for name, missing in _C.linear_variants() if not missing])
+@torch.no_grad()
+def test_every_kernel_runs_the_file_alike(kernel: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = bw.load(saved, Net())(X)
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+    loaded = bw.load(saved, Net())
+    assert {record.kernel for record in loaded.packing.layers} == {kernel}
+    assert torch.equal(loaded(X), expected)
+
+
+@torch.no_grad()
+def test_a_model_on_the_meta_device_is_filled(saved: Path) -> None:
+    with torch.device("meta"):
+        net = Net()
+    assert torch.equal(bw.load(saved, net)(X), bw.load(saved, Net())(X))
 
 
 def test_the_file_is_small_and_canonical(saved: Path) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from bantamweight.nn import fold_batchnorm
+from bantamweight import QuantizedWeight
+from bantamweight.nn import PackedLinear, SimulatedLinear, fold_batchnorm
 from torch import nn
 
 
@@ -67,6 +68,23 @@ def test_only_single_pairs_are_folded() -> None:
     x = settle(model, 2, 4, 6, 6)
     folded, names = fold_batchnorm(model)
     assert names == ["norm"]
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_quantized_layers_are_passed_over() -> None:
+    w = QuantizedWeight.from_codes(torch.randint(0, 4, (6, 6), dtype=torch.uint8), 0.1, 2.0, levels=4)
+    layers = (
+        SimulatedLinear(w, activation_bits=8),
+        nn.BatchNorm1d(6),
+        PackedLinear(w),
+        nn.Linear(6, 6),
+        nn.BatchNorm1d(6),
+    )
+    model = nn.Sequential(*layers)
+    x = settle(model, 8, 6)
+    folded, names = fold_batchnorm(model)
+    assert names == ["4"]
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
 
 

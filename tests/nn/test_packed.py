@@ -1,8 +1,8 @@
 """The packed layers equal the simulated ones up to float rounding, for every scheme and every kernel."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
-import bantamweight as bw
 import pytest
 import torch
 from bantamweight import _C, QuantizedWeight
@@ -185,6 +185,19 @@ def test_threads_do_not_change_the_result() -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@torch.no_grad()
+def test_python_threads_share_a_layer() -> None:
+    linear = PackedLinear(weight(64, 48), torch.randn(64))
+    conv = PackedConv2d.from_quantized(weight(8, 36), in_channels=4, kernel_size=3)
+    inputs = [(torch.randn(5 + i, 48), torch.randn(1 + i % 3, 4, 9, 9)) for i in range(12)]
+    expected = [(linear(x), conv(image)) for x, image in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda pair: (linear(pair[0]), conv(pair[1])), inputs))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
 CONVOLUTIONS = [
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": (3, 2), "stride": (2, 1), "padding": (2, 0), "dilation": (1, 2)},
@@ -246,10 +259,3 @@ def test_packed_conv_refuses_with_a_sentence() -> None:
             packed(x)
     with pytest.raises(BantamweightError, match="whose matrix has 72 columns"):
         PackedConv2d.from_quantized(weight(6, 36), in_channels=8, kernel_size=3)
-
-
-def test_the_package_names_what_it_exports() -> None:
-    assert all(hasattr(bw, name) for name in bw.__all__)
-    assert all(hasattr(bw.nn, name) for name in bw.nn.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'qunatize'"):
-        bw.qunatize  # noqa: B018

@@ -101,7 +101,7 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
 
     Args:
         path: a file that `save` wrote, on this machine or another.
-        model: what make_model() gives, with any weights; it is changed in place.
+        model: what make_model() gives, with any weights or on the meta device; it is changed in place.
         form: "packed" to run on kernels, "simulated" for float arithmetic on dequantized weights.
 
     Returns:
@@ -127,12 +127,15 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
 
     for second, first in header.same_tensor.items():
         rest[second] = rest[first]
+    on_meta = any(value.is_meta for value in model.state_dict().values())  # nothing there to copy into
     for norm, into in header.folded.items():
         _put(model, norm, nn.Identity())
         module: Any = model.get_submodule(into)
         if into not in replaced and module.bias is None:
             module.bias = nn.Parameter(torch.zeros_like(module.weight.detach()[:, 0].flatten(1)[:, 0]))
-    model.load_state_dict(rest, strict=False)  # the names were checked, both ways, before anything changed
+    model.load_state_dict(
+        rest, strict=False, assign=on_meta
+    )  # the names were checked, both ways, before anything changed
     for name in replaced:
         model = _put(model, name, layers[header.same_layer.get(name, name)])
     setattr(model, "folded_batchnorms", dict(header.folded))  # noqa: B010  (nn.Module types attributes as tensors)

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from .layer import QuantizedLayer
+
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
@@ -46,12 +48,17 @@ def fold_batchnorm(model: M) -> tuple[M, list[str]]:
     return folded, list(pairs)
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _foldable(model: nn.Module) -> dict[str, str]:
     """BatchNorm name -> name of the layer it folds into, in the order of the calls."""
     if not any(type(module) in _FOLDS_INTO for module in model.modules()):
         return {}
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's own forward raises when it meets a proxy
         log.info("%s keeps its BatchNorms: torch.fx cannot trace it (%s)", type(model).__name__, error)
         return {}
