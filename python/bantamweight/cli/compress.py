@@ -32,6 +32,7 @@ from .run_header import RunHeader
 RESUME_FOLDER = "resume"
 BATCH_SIZES = (1, 64)
 CALIBRATION_BATCH = 64
+MEASURE_SECONDS = 0.6  # for each network and batch size
 EXAMPLE_BITS = ("4", "3", "2", "ternary")
 EXAMPLE_TOLERANCE = 0.01  # the example keeps the smallest network that loses at most this much accuracy
 
@@ -97,6 +98,9 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise BantamweightError(
             f"stopped by Ctrl-C; the finished layers are kept in {folder}, run the same command with --resume to go on"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where no layer was finished
 
 
 def _summary(report: Report, out: Path) -> str:
@@ -212,7 +216,7 @@ def _compress(job: Job, staging: Path, resume: Path | None, started: float) -> R
         _progress(f"{label}: accuracy {tables.percent(trial.accuracy)}, fp32 {tables.percent(baseline_accuracy)}")
         trials.append(trial)
     networks = {"fp32 torch": job.model, **{trial.label: trial.model for trial in trials}}
-    times = {size: measure.latency(networks, job.x_test, size, seconds=0.6 * len(networks)) for size in BATCH_SIZES}
+    times = {size: measure.latency(networks, job.x_test, size, seconds=MEASURE_SECONDS * len(networks)) for size in BATCH_SIZES}
 
     def outcome(label: str, accuracy: float, size: int, layers: Sequence[Layer] = ()) -> Outcome:
         latency = {batch: times[batch][label] for batch in BATCH_SIZES}
