@@ -144,22 +144,21 @@ class PackedLinear(PackedLayer):
             return torch.ops.bantamweight.lowbit_linear(x, self.layout, self.bias, self.out_features)
         # From here to the kernel every line is counted in tens of nanoseconds.
         n, k, shape = self.out_features, self.in_features, x.shape
-        if len(shape) != 2 or shape[1] != k or x.dtype is not float32 or not x.is_contiguous() or not x.is_cpu:
-            return self._forward_general(x)
-        y = empty(shape[0], n)
+        if x.dtype is not float32 or not x.is_contiguous() or not x.is_cpu or not shape or shape[-1] != k:
+            return self.forward(check_input(x.detach(), k, self.name_of_layer)).to(x.dtype)
+        if len(shape) == 2:
+            m = shape[0]
+            y = empty(m, n)
+        else:
+            m = shape[:-1].numel()
+            y = empty((*shape[:-1], n))
         if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
-            y = torch.empty(shape[0], n, dtype=float32, device="cpu")
+            y = torch.empty((*shape[:-1], n), dtype=float32, device="cpu")
         layout, layout_bytes, bias = self._addresses
-        status = linear_forward(layout, layout_bytes, x.data_ptr(), k, shape[0], bias, y.data_ptr(), n)
+        status = linear_forward(layout, layout_bytes, x.data_ptr(), k, m, bias, y.data_ptr(), n)
         if status:
             check_status(status, self.name_of_layer)
         return y
-
-    def _forward_general(self, x: Tensor) -> Tensor:
-        """Any number of leading dimensions, any strides, and 16-bit floats."""
-        rows = check_input(x.detach(), self.in_features, self.name_of_layer)
-        y = self.forward(rows.view(x.shape[:-1].numel(), self.in_features))
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
