@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import BantamweightError
+from .batch_norm import LeanBatchNorm
 from .perturbation import norms
 from .snapshot import Snapshot
 
@@ -114,7 +115,8 @@ class Passes:
     def _graph(self, closure: Closure) -> list[Tensor | None]:
         """Gradients that can be differentiated."""
         with torch.enable_grad():
-            loss = _with_graph(closure())
+            with LeanBatchNorm():
+                loss = _with_graph(closure())
             with _needing_double_backward():
                 graph = torch.autograd.grad(self._scale(loss), self.parameters, create_graph=True, allow_unused=True)
         return list(graph)
