@@ -15,16 +15,19 @@ _HOME = {
     "QuantizedWeight": "weights",
     "RoundToNearest": "quantize",
     "_C": "_C",
+    "curvature": "curvature",
     "errors": "errors",
     "io": "io",
     "load": "io",
     "nn": "nn",
     "pack": "nn",
     "pack_": "nn",
+    "plan": "quantize.plan",
     "quantize": "quantize",
     "quantize_": "quantize",
     "read_header": "io",
     "save": "io",
+    "sensitivity": "curvature",
 }
 
 __all__ = [
@@ -32,23 +35,28 @@ __all__ = [
     "HERO",
     "QuantizedWeight",
     "RoundToNearest",
+    "curvature",
     "errors",
     "io",
     "load",
     "nn",
     "pack",
     "pack_",
+    "plan",
     "quantize",
     "quantize_",
     "read_header",
     "save",
+    "sensitivity",
 ]
 
 if TYPE_CHECKING:
-    from . import errors, io, nn
+    from . import curvature, errors, io, nn
+    from .curvature import sensitivity
     from .io import load, read_header, save
     from .nn import pack, pack_
     from .quantize import GPFQ, RoundToNearest, quantize, quantize_
+    from .quantize.plan import plan
     from .train.hero import HERO
     from .weights import QuantizedWeight
 

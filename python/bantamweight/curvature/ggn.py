@@ -1,0 +1,395 @@
+"""The largest Gauss-Newton eigenvalue of every layer from one pass over the data.
+
+The Gauss-Newton matrix (Schraudolph, 2002, doi:10.1162/08997660260028683) of a layer's weight is A^T A, where A has
+a row for every sample n and direction c of the outputs: the gradient of sqrt(h_nc) e_nc . outputs_n, with (h, e) the
+eigenpairs of the loss's Hessian in the outputs. A A^T has the same largest eigenvalue and only as many rows as there
+are samples and directions that matter, so no Hessian-vector product is needed. It sees no negative curvature: use it
+to rank layers, or to start Lanczos.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from bantamweight.curvature.hvp import Batch, LossFunction, as_batches, evaluation, free_memory
+from bantamweight.curvature.lanczos import DenseMatrix, lanczos
+from bantamweight.curvature.result import Conditions, Result
+from bantamweight.errors import CalibrationError, UnsupportedLayerError
+
+MOST_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GaussNewton(Result):
+    """The largest eigenvalue of every block's Gauss-Newton matrix."""
+
+    values: dict[str, float]  # block -> eigenvalue
+    rows: int  # rows of A: output directions kept over all samples
+    passes: int  # backward passes
+    conditions: Conditions
+    vectors: dict[str, dict[str, Tensor]] = field(repr=False)  # block -> layer -> part of the unit eigenvector
+
+    _not_in_json = ("vectors",)
+
+    @property
+    def ranking(self) -> list[str]:
+        """The blocks, sharpest first."""
+        return sorted(self.values, key=lambda name: -self.values[name])
+
+    def __str__(self) -> str:
+        width = max(map(len, self.values))
+        lines = [f"  {name:<{width}}  {self.values[name]:.6g}" for name in self.ranking]
+        head = f"Largest Gauss-Newton eigenvalue of {len(lines)} blocks ({self.passes} backward passes)"
+        return "\n".join([head, *lines, f"  {self.conditions}"])
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """A bar a block: a matplotlib Figure, saved if `path` is given."""
+        from bantamweight.curvature.plots import plot_bars
+
+        return plot_bars(list(self.values), list(self.values.values()), "largest Gauss-Newton eigenvalue", path)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of a layer on one batch."""
+
+    inputs: Tensor
+    version: int
+    output: Tensor
+    gradients: list[Tensor] = field(default_factory=list)  # one a backward pass, of the output
+
+
+def gauss_newton_eigenvalues(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: Any,
+    *,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+    rank_tol: float = 1e-3,
+    memory: int | None = None,
+    progress: Any = None,
+) -> GaussNewton:
+    """The largest Gauss-Newton eigenvalue of every layer's weight at once.
+
+    Args:
+        model: its linear and 1d or 2d convolution layers are ranked; evaluated in evaluation mode, since samples must
+            not mix. It must return outputs [n, classes].
+        loss_fn, data: as `Hessian` takes them; the loss must be a mean over samples.
+        blocks: name -> the layers whose weights make one block; None: every layer is its own.
+        rank_tol: output directions that together carry at most this part of the loss's curvature are left out.
+            0 keeps all of them and is exact.
+        memory: bytes for the gradients kept at once; beyond it the layers are taken in several groups.
+
+    Raises:
+        UnsupportedLayerError: a model whose outputs are not [n, classes], or a layer that cannot be handled.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> data = (torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))
+        >>> round(gauss_newton_eigenvalues(model, nn.functional.mse_loss, data).values[""], 4)
+        4.0
+    """
+    if not 0 <= rank_tol < 1:
+        raise ValueError(f"rank_tol is {rank_tol}, but must be at least 0 and below 1")
+    layers = weight_layers(model)
+    if blocks is None:
+        blocks = {name: [name] for name in layers}
+    wanted = list(dict.fromkeys(layer for names in blocks.values() for layer in names))
+    if unknown := [name for name in wanted if name not in layers]:
+        raise ValueError(
+            f"{unknown[0]!r} is no linear or convolution layer of the model; there are {', '.join(layers)}"
+        )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter of the model requires grad; call model.requires_grad_(True) first")
+    device = parameters[0].device
+    batches = as_batches(data, device)
+    samples = sum(batch.samples for batch in batches)
+    if memory is None:
+        memory = free_memory(device) // 4
+
+    factors, loss, shapes = _loss_factors(model, loss_fn, batches, {n: layers[n] for n in wanted}, samples, rank_tol)
+    rows = sum(int(kept.sum()) for _, kept in factors)
+    if rows > MOST_ROWS:
+        raise CalibrationError(
+            f"{samples} samples give {rows} output directions, more than {MOST_ROWS}; pass fewer samples or raise "
+            f"rank_tol ({rank_tol})"
+        )
+    passes = 0
+    grams = {name: torch.zeros(rows, rows, dtype=torch.float64, device=device) for name in blocks}
+    members = {name: [block for block, names in blocks.items() if name in names] for name in wanted}
+    kept_calls: dict[str, list[list[_Call]]] = {}
+    groups = _groups(wanted, shapes, max(kept.shape[1] for _, kept in factors), memory)
+    with tqdm(total=len(wanted), desc="Gauss-Newton", unit="layer", leave=False, disable=progress) as bar:
+        for group in groups:
+            chosen = {name: layers[name] for name in group}
+            calls = {name: [] for name in group}
+            for batch, (factor, kept) in zip(batches, factors, strict=True):
+                found = _backward(model, batch, factor, int(kept.any(0).sum()), chosen)
+                passes += int(kept.any(0).sum())
+                for name in group:
+                    calls[name].append(found[name])
+            for name in group:
+                gram = _gram(layers[name], calls[name], [kept for _, kept in factors], rows, memory)
+                for block in members[name]:
+                    grams[block] += gram
+                bar.update()
+            if len(groups) == 1:
+                kept_calls = calls
+    values, tops = {}, {}
+    for block, gram in grams.items():
+        pair = lanczos(DenseMatrix(gram), k=1, which="largest", tol=1e-12, max_products=rows + 1, progress=True)
+        values[block] = float(pair.values[0])
+        tops[block] = pair.vectors[0]
+    vectors = {
+        block: _eigenvector(names, layers, kept_calls, [kept for _, kept in factors], tops[block])
+        for block, names in blocks.items()
+        if kept_calls
+    }
+    conditions = Conditions(
+        mode="eval",
+        differentiation="gauss_newton",
+        samples=samples,
+        batches=len(batches),
+        parameters=sum(_weight(layers[name]).numel() for name in wanted),
+        blocks=tuple(blocks),
+        loss=loss,
+    )
+    return GaussNewton(values=values, rows=rows, passes=passes, conditions=conditions, vectors=vectors)
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear and convolution layers whose weight requires grad, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module.weight.requires_grad
+    }
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _record(layers: Mapping[str, nn.Module], calls: dict[str, list[_Call]]) -> list[Any]:
+    """Hooks that note what each layer is given and gives."""
+
+    def hook(name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            calls[name].append(_Call(args[0].detach(), args[0]._version, output))
+            return output.clone()  # an activation in place would otherwise overwrite the node differentiated at
+
+        return note
+
+    return [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+
+
+def _forward(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, list[_Call]]]:
+    calls: dict[str, list[_Call]] = {name: [] for name in layers}
+    handles = _record(layers, calls)
+    try:
+        with evaluation(model, "eval"):
+            outputs = model(*batch.arguments, **batch.keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != batch.samples:
+        came = f"a tensor {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise UnsupportedLayerError(
+            f"the model gave {came} for {batch.samples} samples, but this needs outputs [n, classes]; use the exact "
+            "metric 'lambda_max' instead"
+        )
+    return outputs, calls
+
+
+def _loss_factors(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    samples: int,
+    rank_tol: float,
+) -> tuple[list[tuple[Tensor, Tensor]], float, dict[str, int]]:
+    """For each batch sqrt(h) e [n, directions, classes] (steepest first) and which of them are kept [n, directions].
+
+    Also the mean loss, and the number of outputs that every layer has over all samples.
+    """
+    pairs, loss, sizes = [], 0.0, dict.fromkeys(layers, 0)
+    for i, batch in enumerate(batches):
+        with torch.no_grad():
+            outputs, calls = _forward(model, batch, layers)
+        for name, found in calls.items():
+            sizes[name] += sum(call.output.numel() for call in found)
+        share = batch.samples / samples
+        with torch.enable_grad():
+            z = outputs.detach().requires_grad_()
+            value = loss_fn(z, batch.targets)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise CalibrationError("loss_fn must return a scalar tensor; use reduction='mean'")
+            if not torch.isfinite(value.detach()):
+                raise CalibrationError(f"the loss of batch {i} is {float(value.detach())}; check data and weights")
+            (slope,) = torch.autograd.grad(value, z, create_graph=True)
+            # The loss is a sum over samples, so one row of every sample's Hessian comes from one backward pass.
+            rows = [
+                torch.autograd.grad(slope[:, c].sum(), z, retain_graph=True, materialize_grads=True)[0]
+                if slope.requires_grad
+                else torch.zeros_like(z)
+                for c in range(z.shape[1])
+            ]
+        loss += share * float(value.detach())
+        h, e = torch.linalg.eigh(torch.stack(rows, dim=1).double() * share)
+        h, e = h.flip(-1).clamp_min(0.0), e.flip(-1)  # steepest first; a convex loss has no others
+        pairs.append((h, e))
+    every = torch.cat([h.reshape(-1) for h, _ in pairs]).sort().values
+    dropped = int((every.cumsum(0) <= rank_tol * every.sum()).sum())
+    threshold = float(every[dropped]) if dropped < len(every) else float("inf")
+    floor = 1e-14 * float(every[-1])  # what rounding left of directions without curvature
+    factors = [((h.sqrt()[:, None, :] * e).mT.to(outputs.dtype), (h >= threshold) & (h > floor)) for h, e in pairs]
+    return factors, loss, sizes
+
+
+def _groups(names: Sequence[str], sizes: Mapping[str, int], directions: int, memory: int) -> list[list[str]]:
+    """Runs of layers whose kept gradients fit in `memory` together."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name in names:
+        need = 4 * sizes[name] * (directions + 1)
+        if groups[-1] and used + need > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += need
+    return groups
+
+
+def _backward(
+    model: nn.Module, batch: Batch, factor: Tensor, directions: int, layers: Mapping[str, nn.Module]
+) -> dict[str, list[_Call]]:
+    """Every layer's calls with the gradients of their outputs, one for each direction."""
+    with torch.enable_grad():
+        outputs, calls = _forward(model, batch, layers)
+    every = [call for found in calls.values() for call in found]
+    for r in range(directions):
+        gradients = torch.autograd.grad(
+            outputs, [call.output for call in every], factor[:, r], retain_graph=r + 1 < directions,
+            materialize_grads=True,
+        )  # fmt: skip
+        for call, gradient in zip(every, gradients, strict=True):
+            call.gradients.append(gradient)
+    for name, found in calls.items():
+        for call in found:
+            if call.inputs._version != call.version:
+                raise UnsupportedLayerError(
+                    f"the input of {name} is overwritten in place after it; remove inplace=True"
+                )
+    return calls
+
+
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inputs as [n, groups, columns of the weight, positions]."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(len(x), -1, x.shape[-1]).mT[:, None]
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    padding = layer._reversed_padding_repeated_twice
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    if any(padding):
+        x = functional.pad(x, list(padding), mode=mode)
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    if isinstance(layer, nn.Conv1d):
+        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
+    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
+    return columns.unflatten(1, (layer.groups, -1))
+
+
+def _slopes(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """An output gradient as [n, groups, outputs a group, positions]."""
+    if isinstance(layer, nn.Linear):
+        return gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT[:, None]
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+    return gradient.flatten(2).unflatten(1, (layer.groups, -1))
+
+
+def _gram(
+    layer: nn.Module, batches: Sequence[Sequence[_Call]], kept: Sequence[Tensor], rows: int, memory: int
+) -> Tensor:
+    """A A^T [rows, rows] of one layer, its columns taken in pieces that fit in memory."""
+    weight = _weight(layer)
+    per_output = weight[0].numel()
+    outputs = layer.out_channels // layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else weight.shape[0]
+    groups = weight.shape[0] // outputs
+    step = max(1, min(outputs, memory // max(1, 4 * rows * per_output * groups)))
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=weight.device)
+    plain = isinstance(layer, nn.Linear) and all(len(calls) == 1 and calls[0].inputs.ndim == 2 for calls in batches)
+    if plain:  # one position a sample: rows are outer products, whose inner products factor
+        x = torch.cat([c[0].inputs[row] for c, k in zip(batches, kept, strict=True) for _, row in _by_direction(k)])
+        d = torch.cat(
+            [c[0].gradients[r][row] for c, k in zip(batches, kept, strict=True) for r, row in _by_direction(k)]
+        )
+        return gram.add_((x @ x.T) * (d @ d.T))
+    patches = [[_patches(layer, call.inputs) for call in calls] for calls in batches]
+    for start in range(0, outputs, step):
+        pieces = []
+        for calls, columns, k in zip(batches, patches, kept, strict=True):
+            for r, row in _by_direction(k):
+                piece: Tensor | None = None
+                for call, x in zip(calls, columns, strict=True):
+                    slope = _slopes(layer, call.gradients[r])[row, :, start : start + step]
+                    part = slope @ x[row].mT
+                    piece = part if piece is None else piece + part
+                if piece is not None:
+                    pieces.append(piece.flatten(1))
+        if pieces:
+            A = torch.cat(pieces)
+            gram += A @ A.T
+    return gram
+
+
+def _by_direction(kept: Tensor) -> list[tuple[int, Tensor]]:
+    """(direction, the samples that keep it) for every direction that one keeps: the order of the rows of A."""
+    return [(r, kept[:, r].nonzero()[:, 0]) for r in range(kept.shape[1]) if bool(kept[:, r].any())]
+
+
+def _eigenvector(
+    names: Sequence[str],
+    layers: Mapping[str, nn.Module],
+    calls: Mapping[str, Sequence[Sequence[_Call]]],
+    kept: Sequence[Tensor],
+    top: Tensor,
+) -> dict[str, Tensor]:
+    """A^T top, normalised over the block: the eigenvector of A^T A in the weights' shapes."""
+    parts: dict[str, Tensor] = {}
+    for name in names:
+        layer = layers[name]
+        total = torch.zeros(_weight(layer).shape, dtype=torch.float64, device=top.device)
+        at = 0
+        for found, k in zip(calls[name], kept, strict=True):
+            mixes: list[Tensor | None] = [None] * len(found)
+            for r, row in _by_direction(k):
+                share = torch.zeros(len(k), dtype=top.dtype, device=top.device)
+                share[row] = top[at : at + len(row)]
+                at += len(row)
+                for i, call in enumerate(found):
+                    slope = _slopes(layer, call.gradients[r])
+                    part = slope * share.to(slope.dtype)[:, None, None, None]
+                    mix = mixes[i]
+                    mixes[i] = part if mix is None else mix + part
+            for mix, call in zip(mixes, found, strict=True):
+                if mix is not None:
+                    columns = _patches(layer, call.inputs)
+                    total += torch.einsum("ngol,ngpl->gop", mix, columns).reshape(total.shape)
+        parts[name] = total
+    length = np.sqrt(sum(float((part**2).sum()) for part in parts.values()))
+    return {name: (part / (length or 1.0)).to(_weight(layers[name]).dtype) for name, part in parts.items()}

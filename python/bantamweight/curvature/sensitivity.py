@@ -1,0 +1,422 @@
+"""How much the loss minds rounding each layer, with error bars over subsets of the data.
+
+Metrics: the top Hessian eigenvalue (HAWQ, Dong et al., 2019, arXiv:1905.03696), the average trace (HAWQ-V2, Dong et
+al., 2020, arXiv:1911.03852), the top Gauss-Newton eigenvalue, and Q-BERT's Omega = |mean| + standard deviation of the
+top eigenvalue over subsets (Shen et al., 2020, arXiv:1909.05840).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from tqdm import tqdm
+
+from bantamweight.curvature.eigenvalues import Eigenvalues, eigenvalues_of
+from bantamweight.curvature.ggn import gauss_newton_eigenvalues
+from bantamweight.curvature.hvp import Batch, Hessian, LossFunction, as_batches, evaluation
+from bantamweight.curvature.result import FORMAT_VERSION, Conditions, Result
+from bantamweight.curvature.trace import block_traces
+from bantamweight.errors import CalibrationError, FormatError
+from bantamweight.quantize.calibrate import TargetLayer, layer_weight
+from bantamweight.quantize.grid import alphabet, candidate_grid, weight_range
+
+METRICS = {
+    "lambda_max": "largest Hessian eigenvalue",
+    "trace": "Hessian trace / number of weights",
+    "ggn": "largest Gauss-Newton eigenvalue",
+    "omega": "|mean| + std of the top Hessian eigenvalue",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSensitivity:
+    """One layer, or one block of layers that is judged as a whole."""
+
+    name: str
+    layers: tuple[str, ...]  # the linear and convolution layers in it
+    shapes: tuple[tuple[int, int], ...]  # of their weights as matrices [out, in]
+    weights: int
+    macs: int  # multiply-adds for one sample
+    values: tuple[float, ...]  # the metric's quantity on every subset
+    score: float  # curvature along a unit change of the weights, as the metric sees it
+    errors: dict[int, float]  # bits -> ||Q(W) - W||^2 under round to nearest
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the subsets (0 if there is only one)."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    def loss_increase(self, bits: int) -> float:
+        """The second-order estimate of what rounding to `bits` adds to the loss: score / 2 * ||Q(W) - W||^2.
+
+        With metric "trace" this is HAWQ-V2's Omega (halved). Negative curvature counts as none.
+        """
+        return 0.5 * max(self.score, 0.0) * self.errors[bits]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sensitivity(Result):
+    """Every layer's sensitivity. The input of `bantamweight.plan`."""
+
+    metric: str
+    per: str
+    layers: tuple[LayerSensitivity, ...]
+    group_size: int | None
+    subsets: int
+    samples: int  # in each subset
+    products: int  # Hessian-vector products used, over all subsets
+    converged: bool
+    conditions: Conditions
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return {layer.name: layer.score for layer in self.layers}
+
+    @property
+    def ranking(self) -> list[str]:
+        """Names, most sensitive first."""
+        return sorted(self.scores, key=lambda name: -self.scores[name])
+
+    def __str__(self) -> str:
+        bits = sorted(self.layers[0].errors)
+        width = max(5, *(len(layer.name) for layer in self.layers))
+        head = f"{'layer':<{width}}  {'weights':>10}  {'score':>11}  {'std':>9}" + "".join(
+            f"  {f'+loss {b}b':>10}" for b in bits
+        )
+        rows = [
+            f"{layer.name:<{width}}  {layer.weights:>10,}  {layer.score:>11.4g}  {layer.std:>9.2g}"
+            + "".join(f"  {layer.loss_increase(b):>10.3g}" for b in bits)
+            for layer in self.layers
+        ]
+        state = "" if self.converged else "; NOT all converged: raise max_products or tol"
+        tail = (
+            f"score: {METRICS[self.metric]}; {self.subsets} subsets of {self.samples} samples, "
+            f"{self.products} Hessian-vector products{state}\n{self.conditions}"
+        )
+        return "\n".join([head, *rows, tail])
+
+    @classmethod
+    def from_json(cls, text: str) -> Sensitivity:
+        """The inverse of `to_json`.
+
+        Raises:
+            FormatError: text that is not a Sensitivity of this version.
+        """
+        try:
+            fields = json.loads(text)
+            kind, version = fields.pop("kind"), fields.pop("version")
+            if kind != "Sensitivity" or version != FORMAT_VERSION:
+                raise FormatError(
+                    f"this is a {kind} of version {version}, but a Sensitivity of version {FORMAT_VERSION} is needed"
+                )
+            fields["layers"] = tuple(_layer_from(layer) for layer in fields["layers"])
+            conditions = fields["conditions"]
+            fields["conditions"] = Conditions(**{**conditions, "blocks": tuple(conditions["blocks"])})
+            return cls(**fields)
+        except FormatError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"this is not a Sensitivity as to_json writes it ({error}); write it again") from None
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Scores with error bars over the subsets: a matplotlib Figure, saved if `path` is given."""
+        from bantamweight.curvature.plots import plot_bars
+
+        label = METRICS[self.metric] + (" (bar: std over subsets)" if self.subsets > 1 else "")
+        scale = [layer.weights if self.metric == "trace" else 1 for layer in self.layers]
+        errors = [layer.std / s for layer, s in zip(self.layers, scale, strict=True)]
+        return plot_bars(
+            [layer.name for layer in self.layers],
+            [layer.score for layer in self.layers],
+            label,
+            path,
+            errors if self.subsets > 1 else None,
+        )
+
+
+def _layer_from(fields: dict[str, Any]) -> LayerSensitivity:
+    return LayerSensitivity(
+        **{
+            **fields,
+            "layers": tuple(fields["layers"]),
+            "shapes": tuple((int(n), int(k)) for n, k in fields["shapes"]),
+            "values": tuple(map(float, fields["values"])),
+            "errors": {int(bits): float(error) for bits, error in fields["errors"].items()},
+        }
+    )
+
+
+def sensitivity(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: Any,
+    *,
+    per: str = "layer",
+    metric: str = "lambda_max",
+    subsets: int = 10,
+    fraction: float = 0.1,
+    blocks: Mapping[str, Sequence[str]] | None = None,
+    ignore: Sequence[str] = (),
+    bits: Sequence[int] = (2, 3, 4, 8),
+    group_size: int | None = None,
+    tol: float = 1e-3,
+    max_products: int = 100,
+    products: int = 30,
+    seed: int = 0,
+    progress: Any = None,
+    **options: Any,
+) -> Sensitivity:
+    """How sharply the loss curves along each layer's weights, measured on random subsets of the data.
+
+    Args:
+        model, loss_fn, data, options: as `Hessian` takes them; metric "ggn" needs outputs [n, classes].
+        per: "layer": every linear and 2d convolution layer. "block": the members of the model's outermost
+            ModuleLists and Sequentials (encoder layers, residual blocks), as Q-BERT does.
+        metric: "lambda_max", "trace", "ggn" (all layers in one pass, many times faster) or "omega".
+        subsets: how many random subsets; 1 takes all the data once.
+        fraction: the part of the samples in each subset.
+        blocks: name -> layers, judged together; instead of `per`.
+        ignore: names or regular expressions of layers to leave out.
+        bits: the bit widths whose rounding error is noted, for `plan` to choose from.
+        group_size: inputs that share a step when rounding; None for a whole row.
+        tol, max_products: of each eigenvalue.
+        products: Hessian-vector products a subset, with metric "trace"; all layers share them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        >>> data = (torch.randn(40, 4), torch.randint(0, 3, (40,)))
+        >>> result = sensitivity(model, nn.functional.cross_entropy, data, metric="ggn", subsets=2, fraction=0.5)
+        >>> [layer.name for layer in result.layers]
+        ['0', '2']
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric is {metric!r}, but must be one of {', '.join(METRICS)}")
+    if subsets < 1 or not 0 < fraction <= 1:
+        raise ValueError(f"subsets ({subsets}) must be at least 1, and fraction ({fraction}) above 0 and at most 1")
+    targets = _target_layers(model, ignore)
+    groups = _as_groups(blocks, targets) if blocks is not None else _default_groups(model, targets, per)
+    used = {name: targets[name] for names in groups.values() for name in names}
+    device = next(iter(used.values())).weight.device
+    batches = as_batches(data, device)
+    macs = _multiply_adds(model, batches[0], used, options.get("mode", "eval"))
+
+    measured: list[dict[str, float]] = []
+    spent, converged = 0, True
+    warm: dict[str, Eigenvalues] = {}
+    conditions: Conditions | None = None
+    parts = _subsets(batches, subsets, fraction, seed)
+    for number, subset in enumerate(tqdm(parts, desc=f"sensitivity ({metric})", unit="subset", disable=progress)):
+        if metric == "ggn":
+            found = gauss_newton_eigenvalues(model, loss_fn, subset, blocks=groups, progress=progress)
+            measured.append(found.values)
+            conditions = found.conditions
+            continue
+        hessian = Hessian(model, loss_fn, subset, blocks=[f"{name}.weight" if name else "weight" for name in used],
+                          **options)  # fmt: skip
+        conditions = hessian.conditions
+        names = {block: [_parameter(layer) for layer in layers] for block, layers in groups.items()}
+        if metric == "trace":
+            traces = block_traces(hessian, names, products=products, seed=seed + number, progress=progress)
+            measured.append({block: trace.value for block, trace in traces.items()})
+            spent += hessian.products
+            continue
+        which = "largest" if metric == "lambda_max" else "largest_magnitude"
+        for block, parameters in names.items():
+            warm[block] = eigenvalues_of(
+                hessian.block(parameters),
+                which=which,
+                tol=tol,
+                max_products=max_products,
+                start=warm.get(block),
+                seed=seed,
+                progress=True,
+            )
+            spent += warm[block].products
+            converged &= warm[block].converged
+        measured.append({block: float(result.values[0]) for block, result in warm.items()})
+    assert conditions is not None
+    layers = tuple(
+        _describe(block, names, used, macs, [subset[block] for subset in measured], metric, bits, group_size)
+        for block, names in groups.items()
+    )
+    return Sensitivity(
+        metric=metric,
+        per="blocks" if blocks is not None else per,
+        layers=layers,
+        group_size=group_size,
+        subsets=len(parts),
+        samples=sum(batch.samples for batch in as_batches(parts[0], device)),
+        products=spent,
+        converged=converged,
+        conditions=conditions,
+    )
+
+
+def rounding_error(layer: TargetLayer, bits: int, group_size: int | None) -> float:
+    """||Q(W) - W||^2 when every weight goes to the nearest value of the default grid of `quantize`."""
+    weight = layer_weight(layer)
+    chosen = alphabet(bits, None, None)
+    size = group_size or weight.shape[1]
+    granularity = "group" if group_size else "channel"
+    ranges = weight_range(weight, granularity=granularity, group_size=size, percentile=1.0)
+    candidates = []
+    for zero in chosen.zeros:
+        grid = candidate_grid(ranges, chosen, (1.0,), [zero], size)
+        candidates.append((grid.values(grid.nearest(weight)) - weight).square().sum(1))
+    return float(torch.stack(candidates).amin(0).double().sum())
+
+
+def _describe(
+    block: str,
+    names: Sequence[str],
+    layers: Mapping[str, TargetLayer],
+    macs: Mapping[str, int],
+    values: Sequence[float],
+    metric: str,
+    bits: Sequence[int],
+    group_size: int | None,
+) -> LayerSensitivity:
+    weights = sum(layers[name].weight.numel() for name in names)
+    score = float(np.mean(values))
+    if metric == "trace":
+        score /= weights
+    elif metric == "omega":
+        score = abs(score) + (float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+    return LayerSensitivity(
+        name=block,
+        layers=tuple(names),
+        shapes=tuple((len(layers[name].weight), layers[name].weight[0].numel()) for name in names),
+        weights=weights,
+        macs=sum(macs[name] for name in names),
+        values=tuple(values),
+        score=score,
+        errors={b: sum(rounding_error(layers[name], b, group_size) for name in names) for b in bits},
+    )
+
+
+def _parameter(layer: str) -> str:
+    return f"{layer}.weight" if layer else "weight"
+
+
+def _target_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, TargetLayer]:
+    """The layers that `quantize` can handle and whose weight requires grad."""
+    try:
+        patterns = [re.compile(pattern) for pattern in ([ignore] if isinstance(ignore, str) else ignore)]
+    except re.error as error:
+        raise ValueError(f"ignore holds {error.pattern!r}, which is no regular expression: {error}") from None
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and module.weight.requires_grad
+        and not any(pattern.fullmatch(name) for pattern in patterns)
+    }
+    if not layers:
+        raise ValueError(
+            "the model has no linear or 2d convolution layer whose weight requires grad; check `ignore`, or call "
+            "model.requires_grad_(True) first"
+        )
+    return layers
+
+
+def _as_groups(blocks: Mapping[str, Sequence[str]], layers: Mapping[str, TargetLayer]) -> dict[str, list[str]]:
+    groups = {}
+    for block, patterns in blocks.items():
+        names = [patterns] if isinstance(patterns, str) else list(patterns)
+        found = [name for name in layers if any(name == p or name.startswith(f"{p}.") for p in names)]
+        if not found:
+            raise ValueError(f"the block {block!r} ({', '.join(names)}) holds no linear or 2d convolution layer")
+        groups[block] = found
+    taken = [name for names in groups.values() for name in names]
+    if twice := [name for name in taken if taken.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is in more than one block; list each layer once")
+    return groups
+
+
+def _default_groups(model: nn.Module, layers: Mapping[str, TargetLayer], per: str) -> dict[str, list[str]]:
+    if per == "layer":
+        return {name: [name] for name in layers}
+    if per != "block":
+        raise ValueError(f"per is {per!r}, but must be 'layer' or 'block'; name your own with blocks=")
+    groups: dict[str, list[str]] = {}
+    containers: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in containers)
+        if name and isinstance(module, nn.ModuleList | nn.Sequential) and not inside:
+            containers.append(name)
+            for child, _ in module.named_children():
+                block = f"{name}.{child}"
+                if found := [layer for layer in layers if layer == block or layer.startswith(block + ".")]:
+                    groups[block] = found
+    inside = {name for names in groups.values() for name in names}
+    groups.update({name: [name] for name in layers if name not in inside})
+    order = list(layers)
+    return dict(sorted(groups.items(), key=lambda item: order.index(item[1][0])))
+
+
+def _multiply_adds(model: nn.Module, batch: Batch, layers: Mapping[str, TargetLayer], mode: str) -> dict[str, int]:
+    """Multiply-adds of every layer for one sample, counted in one forward pass."""
+    counts = dict.fromkeys(layers, 0)
+
+    def hook(name: str) -> Any:
+        def count(module: TargetLayer, _: Any, output: Tensor) -> None:
+            counts[name] += output.numel() * module.weight[0].numel() // batch.samples
+
+        return count
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad(), evaluation(model, mode):
+            model(*batch.arguments, **batch.keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if idle := [name for name, count in counts.items() if count == 0]:
+        raise ValueError(f"{idle[0]} is never called by the model; list it in ignore")
+    return counts
+
+
+def _subsets(batches: list[Batch], count: int, fraction: float, seed: int) -> list[list[tuple[Any, Any]]]:
+    """`count` random draws without replacement of a part of all samples, each cut into batches."""
+    pairs = [(batch.keywords or batch.arguments, batch.targets) for batch in batches]
+    if count == 1:
+        return [pairs]
+    flat = [tree_flatten(pair)[0] for pair in pairs]
+    tensors = [leaf for leaf in flat[0] if isinstance(leaf, Tensor)]
+    samples = sum(batch.samples for batch in batches)
+    widest = max(batch.samples for batch in batches)
+    try:
+        whole = tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *pairs)
+        if any(len(tensor) != batches[0].samples for tensor in tensors):
+            raise ValueError("not every tensor has one row a sample")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"the batches cannot be cut into subsets of samples ({str(error).splitlines()[0]}); pad them to one shape, "
+            "or pass subsets=1"
+        ) from None
+    size = max(1, math.floor(fraction * samples + 0.5))
+    generator = torch.Generator().manual_seed(seed)
+    device = tensors[0].device
+    chosen = [torch.randperm(samples, generator=generator)[:size].to(device) for _ in range(count)]
+
+    def pick(rows: Tensor) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor[rows], whole)
+
+    return [[pick(rows) for rows in choice.split(widest)] for choice in chosen]
