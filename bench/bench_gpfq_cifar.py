@@ -13,11 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import bantamweight as bw
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-import bantamweight as bw
 
 SCHEMES = {
     "8 bits": {"bits": 8},

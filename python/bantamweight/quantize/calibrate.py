@@ -169,8 +169,9 @@ def _gather_patches(layer: TargetLayer, x: Tensor, rows: Tensor) -> Tensor:
     y = (position // width * sh)[:, None, None] + torch.arange(kh, device=x.device)[:, None] * dh
     x0 = (position % width * sw)[:, None, None] + torch.arange(kw, device=x.device) * dw
     patches = padded[image[:, None, None], y, x0].to("cpu", torch.float32)  # [n, kh, kw, channels]
-    patches = patches.reshape(len(rows), kh * kw, layer.groups, -1)
-    return patches.permute(2, 0, 1, 3).reshape(layer.groups, len(rows), -1)
+    channels = layer.in_channels // layer.groups
+    patches = patches.reshape(len(rows), kh * kw, layer.groups, channels)
+    return patches.permute(2, 0, 1, 3).reshape(layer.groups, len(rows), kh * kw * channels)
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:

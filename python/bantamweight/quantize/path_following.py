@@ -94,12 +94,13 @@ def follow_gram(
         hi = inverse[:, a:b, None]
         left = cross[:, a:b, :b] * hi
         _keep_lower(left[:, :, a:], dead[:, a:b])
-        panel = torch.bmm(left, weight[:, :b]).repeat(1, 1, columns // neurons)
+        panel = values[:, a:b]
+        target = torch.bmm(left, weight[:, :b])
+        panel.view(problems, b - a, columns // neurons, neurons).copy_(target[:, :, None])
         lower = gram[:, a:b, :b] * hi
         if a > 0:
             panel.baddbmm_(lower[:, :, :a], values[:, :a], alpha=-1)
         panels.run(panel, lower[:, :, a:], codes[:, a:b], a, feedback="value")
-        values[:, a:b] = panel
     return _restore(codes, order)
 
 
@@ -246,15 +247,16 @@ class _Panels:
         feedback: str,
         previous: Tensor | None = None,
     ) -> None:
-        """Turns a contiguous panel of arguments into what each input took out, in place, and writes its codes."""
+        """Turns a panel of arguments into what each input took out, in place, and writes its codes."""
         problems, rows, columns = panel.shape
+        amounts = panel.contiguous()
         lower = lower.contiguous()
         group = self.group[first_row : first_row + rows]
         own = codes if codes.is_contiguous() else torch.empty(codes.shape, dtype=torch.uint8)
         rounding = self.rounding
         arguments = (
             (problems, rows, columns, self.scale.shape[1]),
-            panel.data_ptr(),
+            amounts.data_ptr(),
             lower.data_ptr(),
             (self.scale.data_ptr(), self.inverse_scale.data_ptr(), self.zero.data_ptr()),
             group.data_ptr(),
@@ -274,6 +276,8 @@ class _Panels:
             raise KernelError(f"gpfq: {_C.status_message(status)} (panel {list(panel.shape)}, {self.levels} levels)")
         if own is not codes:
             codes.copy_(own)
+        if amounts is not panel:
+            panel.copy_(amounts)
 
 
 def _inverse_norms(gram: Tensor) -> tuple[Tensor, Tensor]:

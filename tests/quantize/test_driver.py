@@ -1,0 +1,342 @@
+"""quantize over whole models: data flow, forms of calibration data, selection, resume, bad input."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from bantamweight import GPFQ, RoundToNearest, quantize, quantize_
+from bantamweight.errors import BantamweightError, CalibrationError, FormatError, UnsupportedLayerError
+from bantamweight.nn import SimulatedConv2d, SimulatedLinear
+from bantamweight.quantize import driver, preset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+FAST = GPFQ(bits=4, steps=(0.7, 1.0))
+
+
+class Residual(nn.Module):
+    """Branches, in-place activations, a strided, a grouped and a depthwise convolution, a functional pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, groups=2)
+        self.short = nn.Conv2d(8, 12, 1, stride=2)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.depthwise(x).relu_()
+        x = torch.relu(self.grouped(x) + self.short(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Untraceable(Residual):
+    """The same network behind a branch on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if float(x.abs().max()) > 0 else x + 1)
+
+
+@pytest.fixture
+def model() -> Residual:
+    torch.manual_seed(0)
+    net = Residual()
+    with torch.no_grad():  # statistics that folding must not lose
+        net.stem[1].running_mean.normal_(0, 0.3)
+        net.stem[1].running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(40, 3, 10, 10, generator=torch.Generator().manual_seed(1))
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    mine, theirs = a.state_dict(), b.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_whole_model(model: Residual, images: Tensor):
+    before = copy.deepcopy(model.state_dict())
+    quantized = quantize(model, GPFQ(bits=4), calibration=images)
+    report = quantized.quantization
+    assert [layer.name for layer in report.layers] == ["stem.0", "depthwise", "grouped", "short", "head"]
+    assert all(layer.scheme == "W4" and 0 < layer.error < 0.2 and layer.seconds > 0 for layer in report.layers)
+    assert report.layers[2].shape == (12, 4, 3, 3)
+    assert (report.mode, report.folded, report.skipped, report.samples) == ("graph", ("stem.1",), (), 40)
+    assert isinstance(quantized.depthwise, SimulatedConv2d)
+    assert isinstance(quantized.head, SimulatedLinear)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in quantized.modules())
+    with torch.no_grad():
+        error = (quantized(images) - model(images)).norm() / model(images).norm()
+    assert float(error) < 0.15
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert "depthwise" in str(report)
+    assert report.to_dict()["config"]["bits"] == 4
+
+
+def test_follows_the_quantized_network_better_than_rounding(model: Residual, images: Tensor):
+    def error(method) -> float:
+        quantized = quantize(model, method, calibration=images)
+        fresh = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(7))
+        return float((quantized(fresh) - model(fresh)).norm())
+
+    assert error(GPFQ(bits=3)) < 0.6 * error(RoundToNearest(bits=3))
+
+
+def test_eight_bits_is_nearly_the_model(model: Residual, images: Tensor):
+    for fold in (True, False):
+        quantized = quantize(model, GPFQ(bits=8), calibration=images, fold_batchnorm=fold)
+        assert torch.allclose(quantized(images), model(images), atol=0.02)
+        assert any(isinstance(module, nn.BatchNorm2d) for module in quantized.modules()) is not fold
+
+
+def test_replay_gives_the_same_as_the_graph(model: Residual, images: Tensor):
+    untraceable = Untraceable()
+    untraceable.load_state_dict(model.state_dict())
+    by_graph = quantize(model, FAST, calibration=images, fold_batchnorm=False)
+    by_replay = quantize(untraceable, FAST, calibration=images, fold_batchnorm=False)
+    short_of_memory = quantize(model, FAST, calibration=images, fold_batchnorm=False, max_memory=1 << 17)
+    assert by_graph.quantization.mode == "graph"
+    assert by_replay.quantization.mode == "replay"
+    assert short_of_memory.quantization.mode == "graph, then replay"
+    assert same_weights(by_graph, by_replay)
+    assert same_weights(by_graph, short_of_memory)
+
+
+def test_forms_of_calibration_data(model: Residual, images: Tensor):
+    expected = quantize(model, FAST, calibration=images)
+    labels = torch.zeros(len(images))
+    loader = DataLoader(TensorDataset(images, labels), batch_size=64)
+
+    def forward_loop(network: nn.Module) -> None:
+        network(images)
+
+    for calibration in ([images], loader, [(images, labels)], [[images, labels]], [{"x": images}], forward_loop):
+        assert same_weights(quantize(model, FAST, calibration=calibration), expected)
+
+
+def test_calibration_tensors_are_not_changed(images: Tensor):
+    class Changes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.mul_(2))
+
+    kept = images.clone()
+    quantize(Changes(), FAST, calibration=images)
+    assert torch.equal(images, kept)
+
+
+def test_in_place_gives_the_same(model: Residual, images: Tensor):
+    expected = quantize(model, FAST, calibration=images)
+    returned = quantize_(model, FAST, calibration=images)
+    assert returned is model
+    assert same_weights(model, expected)
+    assert torch.equal(model(images), expected(images))
+    assert len(model.quantization.layers) == 5
+    with pytest.raises(BantamweightError, match="bare layer"):
+        quantize_(nn.Linear(3, 3), FAST, calibration=torch.randn(4, 3))
+
+
+def test_a_bare_layer(images: Tensor):
+    layer = nn.Linear(10, 6)
+    quantized = quantize(layer, GPFQ(bits=8), calibration=images)
+    assert isinstance(quantized, SimulatedLinear)
+    assert torch.allclose(quantized(images), layer(images), atol=0.03)
+
+
+def test_selection(model: Residual, images: Tensor):
+    quantized = quantize(
+        model,
+        FAST,
+        calibration=images,
+        ignore=["stem", r".*wise"],
+        overrides={"gr.*": GPFQ(bits=3, group_size=8), "short": None},
+    )
+    report = quantized.quantization
+    assert [(layer.name, layer.scheme) for layer in report.layers] == [("grouped", "W3-g8"), ("head", "W4")]
+    assert {layer.name: layer.reason for layer in report.skipped} == {
+        "stem.0": "ignored by 'stem'",
+        "depthwise": "ignored by '.*wise'",
+        "short": "left in float by the override 'short'",
+    }
+    only = quantize(model, FAST, calibration=images, layers=["head"]).quantization
+    assert [layer.name for layer in only.layers] == ["head"]
+    for argument in ({"ignore": ["haed"]}, {"overrides": {"haed": FAST}}, {"layers": ["haed"]}):
+        with pytest.raises(BantamweightError, match="'haed', which fits no layer"):
+            quantize(model, FAST, calibration=images, **argument)
+    with pytest.raises(BantamweightError, match="regular expression"):
+        quantize(model, FAST, calibration=images, ignore=["(head"])
+    with pytest.raises(BantamweightError, match="left to quantize"):
+        quantize(model, FAST, calibration=images, ignore=[".*"])
+
+
+def test_unsupported_layers_are_named():
+    net = nn.Sequential(nn.Conv1d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.Flatten(), nn.Linear(40, 3))
+    x = torch.randn(20, 4, 10)
+    skipped = quantize(net, FAST, calibration=x).quantization.skipped
+    assert [(layer.name, layer.kind) for layer in skipped] == [("0", "Conv1d"), ("1", "ConvTranspose1d")]
+    with pytest.raises(UnsupportedLayerError, match="layer '0' is a Conv1d"):
+        quantize(net, FAST, calibration=x, strict=True)
+    quantize(net, FAST, calibration=x, strict=True, ignore=["0", "1"])
+
+
+def test_layers_never_reached_and_layers_shared():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(6, 6)
+            self.alias = self.used
+            self.spare = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alias(torch.relu(self.used(x)))
+
+    quantized = quantize(Odd(), FAST, calibration=torch.randn(30, 6))
+    assert [layer.name for layer in quantized.quantization.layers] == ["used"]
+    assert [(layer.name, layer.reason) for layer in quantized.quantization.skipped] == [
+        ("spare", "the calibration data never reaches it")
+    ]
+    assert quantized.alias is quantized.used
+    assert isinstance(quantized.used, SimulatedLinear)
+    assert isinstance(quantized.spare, nn.Linear)
+
+
+def test_attention_is_replayed_and_its_projections_are_left():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
+    tokens = torch.randn(12, 7, 16)
+    quantized = quantize(layer, GPFQ(bits=8), calibration=tokens)
+    assert [layer.name for layer in quantized.quantization.layers] == ["linear1", "linear2"]
+    assert {layer.name for layer in quantized.quantization.skipped} >= {"self_attn"}
+    with torch.no_grad():
+        assert torch.allclose(layer(tokens), quantized(tokens), atol=0.05)
+
+
+def test_patches_are_those_the_convolution_sees():
+    """With one patch a kernel position, X W must be the convolution's own output, for every setting of it."""
+    torch.manual_seed(0)
+    for options in (
+        {"kernel_size": 3},
+        {"kernel_size": (2, 3), "stride": (2, 1), "padding": (1, 2)},
+        {"kernel_size": 3, "padding": "same", "dilation": (1, 2)},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+        {"kernel_size": 2, "padding": 1, "padding_mode": "circular", "groups": 2},
+        {"kernel_size": 1, "stride": 3, "groups": 4},
+    ):
+        conv = nn.Conv2d(4, 8, **options)
+        x = torch.randn(5, 4, 9, 8)
+        config = GPFQ(bits=8, patches_per_layer=10**6, held_out=0.2)
+        problem = driver.build_problem("conv", conv, [(x, x, torch.tensor([0, 0, 1, 0, 0]).bool())], 1000, config)
+        outputs = problem.held_out_outputs().transpose(1, 2).reshape(8, -1).T
+        with torch.no_grad():
+            expected = (conv(x[2:3]) - conv.bias[:, None, None])[0].flatten(1).T
+        assert torch.allclose(outputs, expected, atol=1e-5), options
+        assert problem.rows == 4 * len(expected)
+
+
+def test_patches_per_layer_limits_the_rows(images: Tensor):
+    conv = nn.Conv2d(3, 4, 3)
+    flags = torch.arange(40) % 5 == 0
+    config = GPFQ(patches_per_layer=500)
+    problem = driver.build_problem("conv", conv, [(images, images, flags)], 40 * 64, config)
+    assert problem.rows + problem.held_out.shape[1] == 500
+
+
+def test_resume_goes_on_where_it_was(model: Residual, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    expected = quantize(model, FAST, calibration=images)
+    solve, calls = GPFQ.quantize_layer, []
+
+    def killed_at_the_third(self, problem, bias):
+        calls.append(problem.name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return solve(self, problem, bias)
+
+    monkeypatch.setattr(GPFQ, "quantize_layer", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, FAST, calibration=images, resume=tmp_path / "run")
+    resumed = quantize(model, FAST, calibration=images, resume=tmp_path / "run")
+    assert calls == ["stem.0", "depthwise", "grouped", "grouped", "short", "head"]
+    assert same_weights(resumed, expected)
+    assert [layer.seconds > 0 for layer in resumed.quantization.layers] == [False, False, True, True, True]
+    assert [layer.error for layer in resumed.quantization.layers] == [
+        layer.error for layer in expected.quantization.layers
+    ]
+    assert not list((tmp_path / "run").glob("*.unfinished"))
+
+
+def test_resume_refuses_another_run(model: Residual, images: Tensor, tmp_path: Path):
+    quantize(model, FAST, calibration=images, resume=tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight[0, 0] += 1
+    for change in (
+        lambda: quantize(model, GPFQ(bits=3), calibration=images, resume=tmp_path),
+        lambda: quantize(other, FAST, calibration=images, resume=tmp_path),
+        lambda: quantize(model, FAST, calibration=images + 1, resume=tmp_path),
+    ):
+        with pytest.raises(FormatError, match="other settings, weights or calibration data"):
+            change()
+    victim = next(tmp_path.glob("head*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:50])
+    with pytest.raises(FormatError, match="damaged"):
+        quantize(model, FAST, calibration=images, resume=tmp_path)
+
+
+def test_resume_folder_that_cannot_be_made(model: Residual, images: Tensor, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BantamweightError, match="cannot be made"):
+        quantize(model, FAST, calibration=images, resume=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "sentence"),
+    [
+        ([], "empty"),
+        (torch.empty(0, 3, 10, 10), "empty"),
+        ({"x": torch.zeros(1)}, "dict batch in a list"),
+        (3, "calibration is a int"),
+        (["text"], "batch is a str"),
+        ([{"y": torch.zeros(2, 3, 10, 10)}], "no 'x'|'y'"),
+        (torch.full((8, 3, 10, 10), float("nan")), "'stem.0' in the network hold NaN"),
+    ],
+)
+def test_bad_calibration_data(model: Residual, calibration: object, sentence: str):
+    with pytest.raises(CalibrationError, match=sentence):
+        quantize(model, FAST, calibration=calibration)
+
+
+def test_bad_weights_and_configs(model: Residual, images: Tensor):
+    with pytest.raises(BantamweightError, match="config is a int"):
+        quantize(model, 4, calibration=images)
+    with pytest.raises(BantamweightError, match="no preset"):
+        quantize(model, "W5", calibration=images)
+    with torch.no_grad():
+        model.grouped.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(BantamweightError, match="weight of layer 'grouped' holds NaN"):
+        quantize(model, FAST, calibration=images)
+
+
+def test_one_sample_is_enough(model: Residual, images: Tensor):
+    report = quantize(model, FAST, calibration=images[:1]).quantization
+    assert len(report.layers) == 5
+
+
+def test_presets():
+    assert preset("ternary") == GPFQ(bits=2, levels=3)
+    assert preset("W4A8-g128") == GPFQ(bits=4, activation_bits=8, group_size=128)
+    assert preset("W3") == GPFQ(bits=3)
+
+
+def test_int8_activations_are_simulated_as_calibrated(model: Residual, images: Tensor):
+    quantized = quantize(model, GPFQ(bits=4, activation_bits=8), calibration=images)
+    assert all(layer.activation_bits == 8 for layer in quantized.modules() if isinstance(layer, SimulatedConv2d))
+    assert float((quantized(images) - model(images)).norm() / model(images).norm()) < 0.15
