@@ -36,9 +36,16 @@ inline int64_t conv_summed_groups(const ConvShape& s) {
   return (s.k() + conv_summed_group(s) - 1) / conv_summed_group(s);
 }
 
-// The runs of K that are contiguous in a padded image whose rows are row_bytes apart, cut where a
-// group ends. Only row_offset depends on row_bytes.
-std::vector<KPiece> conv_pieces(const ConvShape& shape, int64_t row_bytes);
+// The runs of K that are contiguous in a padded image whose rows are row_bytes apart: kernel rows, or
+// taps where dilation or channel groups part them. Only row_offset depends on row_bytes.
+std::vector<KPiece> conv_runs(const ConvShape& shape, int64_t row_bytes);
+
+// Short runs leave most of a kernel's 64 bytes of K empty (a colour image's 3x3 kernel has three of
+// nine bytes). Then each task copies its rows together first, a few KB that stay in L1.
+bool conv_copies_rows(const ConvShape& shape, Isa isa);
+
+// What the kernel `isa` is given: those runs, or the copied row, cut where a scale group ends.
+std::vector<KPiece> conv_pieces(const ConvShape& shape, Isa isa, int64_t row_bytes);
 
 // The taps of a depthwise convolution two by two, cut where a group ends.
 std::vector<TapPair> conv_tap_pairs(const ConvShape& shape, int64_t row_bytes);

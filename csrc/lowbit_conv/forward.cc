@@ -2,6 +2,7 @@
 // output channels out over OpenMP's threads.
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <new>
 #include <numeric>
 #include <vector>
@@ -44,7 +45,9 @@ struct Plan {
   std::vector<PackedView> views;  // one a channel group, with this image's pieces
   std::vector<KPiece> pieces;
   std::vector<TapPair> pairs;     // depthwise
-  int64_t slice_size = 0;         // channels a slice sum; 0 where every zero is 0
+  std::vector<KPiece> runs;       // what each task copies together; empty where rows are used as they lie
+  bool wants_sums = false;        // some zero is not 0
+  int64_t slice_size = 0;         // channels a slice sum; 0 where no slice sums are wanted
   std::vector<SumEntry> entries;  // group-major; the same for every channel group but for a shift
 
   int64_t image_bytes() const { return padded_h * padded_w * layout.run.in_channels; }
@@ -54,17 +57,18 @@ struct Plan {
 
 Status plan_views(Plan* plan) {
   const ConvShape& s = plan->layout.run;
-  plan->pieces = conv_pieces(s, plan->padded_w * s.in_channels);
+  const int64_t row_bytes = plan->padded_w * s.in_channels;
+  plan->pieces = conv_pieces(s, plan->layout.isa, row_bytes);
+  if (conv_copies_rows(s, plan->layout.isa)) plan->runs = conv_runs(s, row_bytes);
   plan->views.resize(static_cast<size_t>(s.groups));
-  bool any_zero = false;
   for (int64_t g = 0; g < s.groups; ++g) {
     PackedView& view = plan->views[static_cast<size_t>(g)];
     const Status status = conv_view_read(plan->layout, g, plan->pieces, &view);
     if (status != Status::ok) return status;
     view.pieces = plan->pieces.data();
-    any_zero = any_zero || view.zero_scale != nullptr || view.uniform_zero != 0;
+    plan->wants_sums = plan->wants_sums || view.zero_scale != nullptr || view.uniform_zero != 0;
   }
-  if (!any_zero) return Status::ok;
+  if (!plan->wants_sums || !plan->runs.empty()) return Status::ok;
 
   // Sums over slices that no group and no pixel boundary cuts.
   const int64_t depth = s.in_channels / s.groups, group = conv_summed_group(s);
@@ -167,6 +171,31 @@ void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t
   });
 }
 
+// Copies the runs of each row together and points the row at its copy. Whole 16-byte words are copied:
+// what lies behind a run is overwritten by the next run or row, or meets no code.
+void copy_rows(const Plan& plan, int64_t row_count, int64_t stride, int8_t* copies, const int8_t** rows) {
+  for (int64_t r = 0; r < row_count; ++r) {
+    int8_t* to = copies + r * stride;
+    for (const KPiece& run : plan.runs) {
+      const int8_t* from = rows[r] + run.row_offset;
+      for (int64_t i = 0; i < run.k_size; i += 16) std::memcpy(to + run.k_begin + i, from + i, 16);
+    }
+    rows[r] = to;
+  }
+}
+
+// sums [row_count][groups] of copied rows.
+void sum_copies(const Plan& plan, const int8_t* const* rows, int64_t row_count, int32_t* sums) {
+  std::fill(sums, sums + row_count * plan.groups, 0);
+  if (!plan.wants_sums) return;
+  const auto sum_slices = quantize_images_pick(plan.layout.isa).sum_slices;
+  for (int64_t r = 0; r < row_count; ++r) {
+    for (const KPiece& piece : plan.pieces) {
+      sum_slices(rows[r] + piece.k_begin, 1, piece.k_size, &sums[r * plan.groups + piece.group]);
+    }
+  }
+}
+
 // How the output of some images is cut into tasks.
 struct Tasks {
   int64_t rows_per_task, blocks_per_task;
@@ -212,6 +241,8 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
   const int64_t rows_at = sizes.add<const int8_t*>(row_count);
   const int64_t scale_at = sizes.add<float>(row_count);
   const int64_t sums_at = sizes.add<int32_t>(row_count * plan.groups);
+  const int64_t copy_stride = (s.k() + 63) / 64 * 64;
+  const int64_t copies_at = sizes.add<int8_t>(plan.runs.empty() ? 0 : row_count * copy_stride + 64);
   thread_local Scratch scratch;
   uint8_t* memory = scratch.get(sizes.bytes());
   if (memory == nullptr) return Status::out_of_memory;
@@ -241,7 +272,12 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
     return Status::ok;
   }
   point_at_rows(plan, images, range, channel_group * depth, rows, row_scale);
-  sum_rows(plan, images, range, channel_group, sums);
+  if (plan.runs.empty()) {
+    sum_rows(plan, images, range, channel_group, sums);
+  } else {
+    copy_rows(plan, row_count, copy_stride, reinterpret_cast<int8_t*>(memory + copies_at), rows);
+    sum_copies(plan, rows, row_count, sums);
+  }
   const PackedView& view = plan.views[static_cast<size_t>(channel_group)];
   const int64_t first_channel = channel_group * view.n, blocks = ceil_div(view.n, view.kernel->block_n);
   const int64_t block_begin = block_chunk * tasks.blocks_per_task;

@@ -41,6 +41,21 @@ bool valid(const ConvShape& s) {
   return s.group_size >= 1 && (s.group_size <= kMaxGroupK || s.group_size >= s.k());
 }
 
+std::vector<KPiece> cut_at_groups(const ConvShape& s, const std::vector<KPiece>& runs) {
+  const int64_t group = conv_summed_group(s);
+  std::vector<KPiece> pieces;
+  for (KPiece run : runs) {
+    while (run.k_size > 0) {
+      const int64_t size = std::min(run.k_size, (run.k_begin / group + 1) * group - run.k_begin);
+      pieces.push_back({run.k_begin, size, run.row_offset, run.k_begin / group});
+      run.k_begin += size;
+      run.k_size -= size;
+      run.row_offset += size;
+    }
+  }
+  return pieces;
+}
+
 // Byte offsets behind the header of a depthwise layout.
 struct DepthwiseParts {
   int64_t weight, scale, zero_scale, zero, end;
@@ -59,7 +74,7 @@ DepthwiseParts depthwise_parts(const ConvShape& s, int64_t pair_count) {
 }
 
 int64_t view_bytes_of(const ConvShape& s, Isa isa) {
-  const std::vector<KPiece> pieces = conv_pieces(s, 0);
+  const std::vector<KPiece> pieces = conv_pieces(s, isa, 0);
   return packed_view_bytes(*linear_kernel(isa), static_cast<int>(s.bits), s.out_channels / s.groups,
                            conv_summed_groups(s), pieces.data(), static_cast<int64_t>(pieces.size()));
 }
@@ -197,24 +212,33 @@ bool splits_groups(const ConvShape& s) { return s.group_size > kMaxGroupK && s.k
 
 }  // namespace
 
-std::vector<KPiece> conv_pieces(const ConvShape& s, int64_t row_bytes) {
-  const int64_t depth = s.in_channels / s.groups, group = conv_summed_group(s);
+std::vector<KPiece> conv_runs(const ConvShape& s, int64_t row_bytes) {
+  const int64_t depth = s.in_channels / s.groups;
   const bool whole_rows = s.dilation_w == 1 && s.groups == 1;
-  const int64_t runs = whole_rows ? 1 : s.kernel_w, run_size = whole_rows ? s.kernel_w * depth : depth;
-  std::vector<KPiece> pieces;
-  int64_t k = 0;
+  const int64_t count = whole_rows ? 1 : s.kernel_w, size = whole_rows ? s.kernel_w * depth : depth;
+  std::vector<KPiece> runs;
   for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-    for (int64_t run = 0; run < runs; ++run) {
-      int64_t offset = ky * s.dilation_h * row_bytes + run * s.dilation_w * s.in_channels;
-      for (const int64_t end = k + run_size; k < end;) {
-        const int64_t size = std::min(end, (k / group + 1) * group) - k;
-        pieces.push_back({k, size, offset, k / group});
-        k += size;
-        offset += size;
-      }
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t offset = ky * s.dilation_h * row_bytes + i * s.dilation_w * s.in_channels;
+      runs.push_back({(ky * count + i) * size, size, offset, 0});
     }
   }
-  return pieces;
+  return runs;
+}
+
+bool conv_copies_rows(const ConvShape& s, Isa isa) {
+  if (isa == Isa::reference) return false;
+  const auto chunks = [&](const std::vector<KPiece>& runs) {
+    int64_t count = 0;
+    for (const KPiece& piece : cut_at_groups(s, runs)) count += (piece.k_size + 63) / 64;
+    return count;
+  };
+  return chunks(conv_runs(s, 0)) >= 2 * chunks({{0, s.k(), 0, 0}});
+}
+
+std::vector<KPiece> conv_pieces(const ConvShape& s, Isa isa, int64_t row_bytes) {
+  if (conv_copies_rows(s, isa)) return cut_at_groups(s, {{0, s.k(), 0, 0}});
+  return cut_at_groups(s, conv_runs(s, row_bytes));
 }
 
 std::vector<TapPair> conv_tap_pairs(const ConvShape& s, int64_t row_bytes) {
@@ -273,7 +297,7 @@ Status conv_pack(const ConvShape& s, Isa isa, const uint8_t* codes, const float*
       wide = merge_codes(s, header.merged, codes, static_cast<uint8_t>(zero[0]));
       codes = wide.data();
     }
-    const std::vector<KPiece> pieces = conv_pieces(run, 0);
+    const std::vector<KPiece> pieces = conv_pieces(run, isa, 0);
     const int64_t n = run.out_channels / run.groups, k = run.k(), view_bytes = view_bytes_of(run, isa);
     header.view_bytes = view_bytes;
     for (int64_t g = 0; g < run.groups; ++g) {
@@ -359,7 +383,7 @@ Status conv_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, flo
   if (s.depthwise()) {
     unpack_depthwise(read, codes, scale_out, zero_out);
   } else {
-    const std::vector<KPiece> pieces = conv_pieces(read.run, 0);
+    const std::vector<KPiece> pieces = conv_pieces(read.run, read.isa, 0);
     const int64_t merged = s.groups / read.run.groups;
     std::vector<uint8_t> wide(merged > 1 ? static_cast<size_t>(s.out_channels * k * merged) : 0);
     uint8_t* codes_out = merged > 1 ? wide.data() : codes;

@@ -91,7 +91,7 @@ void quantize_padded_row(const QuantizeImagesKernel& kernel, const QuantizeImage
 
 const Isa* quantize_images_variants(std::size_t* count) { return variants().isas(count); }
 
-Isa quantize_images_select(Isa ceiling) { return variants().pick(ceiling)->isa; }
+const QuantizeImagesKernel& quantize_images_pick(Isa ceiling) { return *variants().pick(ceiling); }
 
 Status quantize_images(const QuantizeImagesArgs& args, Isa ceiling) {
   if (args.images < 0 || args.channels < 0 || args.height < 0 || args.width < 0 || args.pad_top < 0 ||
@@ -99,7 +99,7 @@ Status quantize_images(const QuantizeImagesArgs& args, Isa ceiling) {
       args.channels % args.slice_size != 0) {
     return Status::invalid_argument;
   }
-  const QuantizeImagesKernel& kernel = *variants().pick(ceiling);
+  const QuantizeImagesKernel& kernel = quantize_images_pick(ceiling);
   const Runs runs = runs_of(args);
   const int64_t floats = args.channels * args.height * args.width;
   const int64_t chunks = std::max<int64_t>(1, floats / kFloatsPerThread);

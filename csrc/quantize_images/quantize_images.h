@@ -55,6 +55,6 @@ const QuantizeImagesKernel* quantize_images_neon();
 const Isa* quantize_images_variants(std::size_t* count);
 
 // The variant this op runs under `ceiling`.
-Isa quantize_images_select(Isa ceiling);
+const QuantizeImagesKernel& quantize_images_pick(Isa ceiling);
 
 }  // namespace bantamweight
