@@ -52,17 +52,13 @@ def test_subsets_give_mean_and_spread():
     assert again.to_json() == result.to_json()
 
 
-def test_one_pass_scores_meet_the_exact_ones_on_a_fitted_model():
+def test_one_pass_score_of_the_last_layer_is_exact():
+    """Cross-entropy is linear in nothing but the logits, so there the two curvatures are one."""
     model, data = network("mlp")
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(150):  # the two curvatures meet as the residuals vanish
-        optimizer.zero_grad()
-        functional.cross_entropy(model(data[0]), data[1]).backward()
-        optimizer.step()
-    exact = sensitivity(model, functional.cross_entropy, data, subsets=1)
+    exact = sensitivity(model, functional.cross_entropy, data, subsets=1, tol=1e-12)
     quick = sensitivity(model, functional.cross_entropy, data, subsets=1, metric="ggn")
-    assert quick.products == 0 and quick.ranking[0] == exact.ranking[0]
-    assert quick.scores == pytest.approx(exact.scores, rel=0.3)
+    assert quick.products == 0 and set(quick.scores) == set(exact.scores)
+    assert quick.scores["4"] == pytest.approx(exact.scores["4"], rel=2e-3)
 
 
 class Encoder(nn.Module):
