@@ -1,5 +1,7 @@
 """The torch ops: registered as torch wants them, and seen by compile and export."""
 
+import io
+
 import pytest
 import torch
 from bantamweight import QuantizedWeight, pack
@@ -46,6 +48,26 @@ def test_export_holds_the_ops_and_saves() -> None:
     called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
     assert {"bantamweight.lowbit_linear.default", "bantamweight.lowbit_conv2d.default"} <= called
     torch.testing.assert_close(exported.module()(x[:2]), net(x[:2]))
+
+
+@torch.no_grad()
+def test_an_exported_program_survives_saving() -> None:
+    net, x, file = network(), torch.randn(4, 3, 7, 7), io.BytesIO()
+    torch.export.save(torch.export.export(net, (x,)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
+@torch.no_grad()
+def test_the_older_tracers_see_ops_too() -> None:
+    net, x = network(), torch.randn(4, 3, 7, 7)
+    graph = torch.fx.symbolic_trace(net)
+    assert sum("bantamweight" in str(node.target) for node in graph.graph.nodes) == 2
+    assert torch.equal(graph(x), net(x))
+    traced = torch.jit.trace(net, (x,))
+    other = torch.randn(4, 3, 7, 7)
+    assert torch.equal(traced(other), net(other))
 
 
 @torch.no_grad()

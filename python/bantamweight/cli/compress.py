@@ -216,7 +216,10 @@ def _compress(job: Job, staging: Path, resume: Path | None, started: float) -> R
         _progress(f"{label}: accuracy {tables.percent(trial.accuracy)}, fp32 {tables.percent(baseline_accuracy)}")
         trials.append(trial)
     networks = {"fp32 torch": job.model, **{trial.label: trial.model for trial in trials}}
-    times = {size: measure.latency(networks, job.x_test, size, seconds=MEASURE_SECONDS * len(networks)) for size in BATCH_SIZES}
+    times = {
+        size: measure.latency(networks, job.x_test, size, seconds=MEASURE_SECONDS * len(networks))
+        for size in BATCH_SIZES
+    }
 
     def outcome(label: str, accuracy: float, size: int, layers: Sequence[Layer] = ()) -> Outcome:
         latency = {batch: times[batch][label] for batch in BATCH_SIZES}

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, empty, empty_strided, float32
 from torch.compiler import is_compiling
+from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
 from .._C import conv_forward, linear_forward
@@ -138,10 +139,10 @@ class PackedLinear(PackedLayer):
         Raises:
             BantamweightError: x is not such a tensor, requires a gradient, or holds NaN or infinity.
         """
+        if type(x) is not Tensor or is_compiling() or is_tracing():
+            return self._forward_op(x)
         if x.requires_grad and torch.is_grad_enabled():
             self.refuse_gradient()
-        if is_compiling() or type(x) is not Tensor:
-            return torch.ops.bantamweight.lowbit_linear(x, self.layout, self.bias, self.out_features)
         # From here to the kernel every line is counted in tens of nanoseconds.
         n, k, shape = self.out_features, self.in_features, x.shape
         if x.dtype is not float32 or not x.is_contiguous() or not x.is_cpu or not shape or shape[-1] != k:
@@ -159,6 +160,12 @@ class PackedLinear(PackedLayer):
         if status:
             check_status(status, self.name_of_layer)
         return y
+
+    def _forward_op(self, x: Tensor) -> Tensor:
+        """The way of graphs, and of tensors that are more than a plain one."""
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            self.refuse_gradient()
+        return torch.ops.bantamweight.lowbit_linear(x, self.layout, self.bias, self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
@@ -267,22 +274,12 @@ class PackedConv2d(PackedLayer):
             BantamweightError: x is not a float32, bfloat16 or float16 tensor on the CPU, is smaller than the kernel,
                 requires a gradient, or holds NaN or infinity.
         """
-        if x.requires_grad and torch.is_grad_enabled():
-            self.refuse_gradient()
         if self.padding_mode != "zeros":
             x = pad(x, self.geometry.sides, mode=self.padding_mode)
-        if is_compiling() or type(x) is not Tensor:
-            found = self._described
-            return torch.ops.bantamweight.lowbit_conv2d(
-                x,
-                self.layout,
-                self.bias,
-                found.out_channels,
-                found.kernel_size,
-                found.stride,
-                found.padding,
-                found.dilation,
-            )
+        if type(x) is not Tensor or is_compiling() or is_tracing():
+            return self._forward_op(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            self.refuse_gradient()
         # As in PackedLinear: a small image takes the kernel a few microseconds.
         shape, (channels, extra_h, stride_h, extra_w, stride_w) = x.shape, self._sizes
         if len(shape) != 4 or shape[1] != channels or x.dtype is not float32 or not x.is_cpu:
@@ -300,6 +297,22 @@ class PackedConv2d(PackedLayer):
         if status:
             check_status(status, self.name_of_layer)
         return y
+
+    def _forward_op(self, x: Tensor) -> Tensor:
+        """The way of graphs, and of tensors that are more than a plain one."""
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            self.refuse_gradient()
+        found = self._described
+        return torch.ops.bantamweight.lowbit_conv2d(
+            x,
+            self.layout,
+            self.bias,
+            found.out_channels,
+            found.kernel_size,
+            found.stride,
+            found.padding,
+            found.dilation,
+        )
 
     def extra_repr(self) -> str:
         return (
