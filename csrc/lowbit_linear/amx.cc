@@ -29,9 +29,10 @@ constexpr int64_t kMinRows = 4;
 // Written with memory clobbers: the compiler sees neither what a tile load reads nor what a store writes.
 #define TILE_LOAD(tile, address, stride) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(address), "r"(static_cast<int64_t>(stride)) : "memory")
-#define TILE_STORE(tile, address, stride)                                                                             \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<int64_t>(stride)) : "memor" \
-                                                                                                              "y")
+#define TILE_STORE(tile, address, stride)                                                                   \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<int64_t>(stride)) \
+                   : "memor"                                                                                \
+                     "y")
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::: "memory")
 // sum += activations (signed) x codes (unsigned)
 #define TILE_MULTIPLY(sum, activations, codes) \
@@ -144,13 +145,16 @@ struct Pending {
     const int64_t now = rows - row < count ? rows - row : count;
     finish_group<kBits>(*task, group, first_row + row, now, sums + row * kBlockN, partial + row * kBlockN);
     row += now;
-    // Stores that miss L1 hold up every store behind them: fetch the lines of the rows that follow.
-    for (int64_t r = row; r < row + now && r < rows; ++r) {
-      const float* y = task->y + (first_row + r) * task->ldy;
-      for (int64_t n = 0; n < kBlockN; n += 16) __asm__ volatile("prefetchw %0" ::"m"(y[n]));
-    }
   }
 };
+
+// A store that misses L1 holds up every store behind it, those into the ring too.
+void fetch_outputs(const TileTask& task, int64_t first_row, int64_t rows) {
+  for (int64_t r = first_row; r < first_row + rows; ++r) {
+    const float* y = task.y + r * task.ldy;
+    for (int64_t n = 0; n < task.block_n_valid; n += 16) __asm__ volatile("prefetchw %0" ::"m"(y[n]));
+  }
+}
 
 // The task of the block that follows.
 void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
@@ -177,7 +181,8 @@ void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, i
   const int8_t* const* row = first.rows + first_row;
   const int64_t stride = equal_spacing(row, rows);
   // So many rows are finished in each half chunk that a group is done when the next one ends.
-  const int64_t finish_rows = (rows * first.groups + 2 * chunk_count - 1) / (2 * chunk_count);
+  const int64_t needed_rows = (rows * first.groups + 2 * chunk_count - 1) / (2 * chunk_count);
+  const int64_t finish_rows = needed_rows < 4 ? 4 : needed_rows;
   Pending<kBits> pending;
   pending.partial = partial;
 
@@ -266,6 +271,7 @@ void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, i
         pending.row = 0;
         pending.rows = rows;
         pending.sums = sums;
+        if (chunk.group == task.groups - 1) fetch_outputs(task, first_row, rows);
       }
     }
   }
