@@ -62,7 +62,7 @@ def grams(x: Tensor, x_tilde: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("levels", [3, 4, 15])
-@pytest.mark.parametrize(("d", "neurons", "group_size"), [(1, 1, None), (5, 3, 2), (130, 33, 48), (200, 70, None)])
+@pytest.mark.parametrize(("d", "neurons", "group_size"), [(1, 1, None), (5, 3, 2), (130, 33, 48), (300, 70, None)])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_float64_codes_equal_the_recursion(levels: int, d: int, neurons: int, group_size: int | None, ordered: bool):
     x, x_tilde = streams(150, d, dtype=torch.float64)
