@@ -152,6 +152,16 @@ def test_weights_of_another_network_are_named(tmp_path, change, sentence):
     assert torch.equal(before, model.state_dict()["0.weight"])
 
 
+def test_the_batch_count_of_batchnorm_may_be_missing(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    state = model.state_dict()
+    del state["1.num_batches_tracked"]
+    save_file(state, tmp_path / "w.safetensors")
+    fresh = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    inputs.load_weights(fresh, tmp_path / "w.safetensors")
+    assert torch.equal(fresh[0].weight, model[0].weight)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04pickle", b"\xff" * 200, b"\x10" + b"\0" * 7 + b"{broken json    "])
 def test_a_file_that_is_no_safetensors_is_named(tmp_path, content):
     path = tmp_path / "w.safetensors"

@@ -294,7 +294,7 @@ def _try(
         )
         for layer in found.layers
     ]
-    folded = f"{len(found.folded)} BatchNorm layers were folded into the layers before them."
+    folded = f"BatchNorm was folded into the layer before it, in {len(found.folded)} places."
     return Trial(
         label=label,
         file=file,

@@ -205,6 +205,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             "write it again with safetensors.torch.save_file(model.state_dict(), path)"
         ) from None
     expected = model.state_dict()
+    # Files of older torch versions lack BatchNorm's count of batches, which no network in eval mode reads.
+    tensors = {name: count for name, count in expected.items() if name.endswith("num_batches_tracked")} | tensors
     for problem, names in (
         ("lacks", [name for name in expected if name not in tensors]),
         ("has unknown", [name for name in tensors if name not in expected]),
