@@ -16,7 +16,7 @@
 namespace bantamweight {
 
 // Channels of the tables are padded to a multiple of this with zeros.
-constexpr int64_t kDepthwiseLanes = 16;
+constexpr int64_t kDepthwiseLanes = 32;
 
 inline int64_t depthwise_lanes(int64_t channels) {
   return (channels + kDepthwiseLanes - 1) / kDepthwiseLanes * kDepthwiseLanes;
