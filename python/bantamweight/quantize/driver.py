@@ -47,7 +47,8 @@ def quantize(
 
     Memory: the model three times, the widest cut through its activations over all calibration samples twice (at most
     `max_memory`), and for one layer of d inputs two d x d float32 matrices, its held-out rows (`config.held_out` of
-    `config.patches_per_layer`, times d, twice), and 5 bytes a weight for each candidate step (at most 200 MB).
+    `config.patches_per_layer`, times d, twice), and 6 bytes a weight for each candidate step that is tried
+    at a time (at most 200 MB, or one candidate).
 
     Args:
         model: in evaluation mode or not; the copy is in evaluation mode.

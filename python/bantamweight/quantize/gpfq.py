@@ -204,5 +204,5 @@ class GPFQ(LayerwiseMethod):
         codes = coordinate_descent(
             problem.weight, *matrices, plain.grid, plain.codes, sweeps=self.sweeps, rounding=rounding
         )
-        errors = problem.squared_errors(plain.grid.values(codes), outputs, corrected=self.bias_correction)
+        errors = problem.squared_errors(plain.grid, codes, outputs, corrected=self.bias_correction)
         return Solution(grid=plain.grid, codes=codes, errors=errors)

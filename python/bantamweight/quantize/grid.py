@@ -6,7 +6,7 @@ alphabet {-K .. K} that is the papers' ``delta = C r / K``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,14 +84,21 @@ class Grid:
 
     def values(self, codes: Tensor) -> Tensor:
         """What codes uint8 [problems, inputs, columns] stand for."""
-        group = torch.arange(codes.shape[1], device=codes.device) // self.group_size
-        return self.scale[:, group] * (codes.to(self.scale.dtype) - self.zero[:, group])
+        values = codes.to(self.scale.dtype)
+        for group, part in enumerate(values.split(self.group_size, dim=1)):
+            part.sub_(self.zero[:, group, None]).mul_(self.scale[:, group, None])
+        return values
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The codes nearest to weights [problems, inputs, columns]."""
-        group = torch.arange(weight.shape[1], device=weight.device) // self.group_size
-        steps = torch.floor(weight / self.scale[:, group] + (self.zero[:, group] + 0.5))
-        return steps.clamp_(0, self.levels - 1).to(torch.uint8)
+        steps = weight.clone()
+        for group, part in enumerate(steps.split(self.group_size, dim=1)):
+            part.div_(self.scale[:, group, None]).add_(self.zero[:, group, None] + 0.5)
+        return steps.floor_().clamp_(0, self.levels - 1).to(torch.uint8)
+
+    def columns(self, part: slice) -> "Grid":
+        """The grid of some of the columns."""
+        return replace(self, scale=self.scale[:, :, part], zero=self.zero[:, :, part])
 
 
 def weight_range(weight: Tensor, *, granularity: str, group_size: int, percentile: float) -> Tensor:

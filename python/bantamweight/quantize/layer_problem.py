@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from .grid import Grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,31 +82,30 @@ class LayerProblem:
         return self.analog - self.mean[:, None, :], self.quantized - self.mean_quantized[:, None, :]
 
     def shift(self, values: Tensor) -> Tensor:
-        """What the bias must take up, the mean of X w - X~ q: [problems, columns] for values [problems, d, columns]."""
-        columns = values.shape[2]
-        analog = torch.bmm(self.mean[:, None, :], self.weight)[:, 0].repeat(1, columns // self.neurons)
-        return analog - torch.bmm(self.mean_quantized[:, None, :], values)[:, 0]
+        """What the bias must take up, the mean of X w - X~ q: [problems, neurons] for values [problems, d, neurons]."""
+        analog = torch.bmm(self.mean[:, None, :], self.weight)
+        return torch.baddbmm(analog, self.mean_quantized[:, None, :], values, alpha=-1)[:, 0]
 
     def held_out_outputs(self) -> Tensor:
         """X w on the held-out rows: [problems, held-out rows, neurons]."""
         return torch.bmm(self.held_out, self.weight)
 
-    def squared_errors(self, values: Tensor, outputs: Tensor, *, corrected: bool) -> Tensor:
-        """||X w - X~ q||^2 on the held-out rows for every column of values: [problems, columns].
+    def squared_errors(self, grid: Grid, codes: Tensor, outputs: Tensor, *, corrected: bool) -> Tensor:
+        """||X w - X~ q||^2 on the held-out rows for every column of a grid: [problems, columns].
 
         Args:
-            values: q [problems, d, columns], candidate s of neuron n in column ``s * neurons + n``.
+            grid, codes: of q, candidate s of neuron n in column ``s * neurons + n``.
             outputs: `held_out_outputs`.
             corrected: subtract the shift that bias correction would.
         """
-        shift = self.shift(values) if corrected else None
         errors = []
-        # One candidate at a time: the rows times all candidates at once could be large.
-        for at in range(0, values.shape[2], self.neurons):
+        # One candidate at a time: the values and the errors of all at once could be large.
+        for at in range(0, codes.shape[2], self.neurons):
             part = slice(at, at + self.neurons)
-            error = torch.baddbmm(outputs, self.held_out_quantized, values[:, :, part], alpha=-1)
-            if shift is not None:
-                error -= shift[:, None, part]
+            values = grid.columns(part).values(codes[:, :, part])
+            error = torch.baddbmm(outputs, self.held_out_quantized, values, alpha=-1)
+            if corrected:
+                error -= self.shift(values)[:, None]
             errors.append(error.square_().sum(1))
         return torch.cat(errors, dim=1)
 

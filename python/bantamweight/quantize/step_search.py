@@ -60,7 +60,7 @@ def search_step(
         """The best solution among `candidates` [count, problems, 1, neurons], and which of them it is."""
         grid = candidate_grid(ranges, chosen, candidates, None, group_size)
         codes = solve(grid)
-        errors = problem.squared_errors(grid.values(codes), outputs, corrected=corrected)
+        errors = problem.squared_errors(grid, codes, outputs, corrected=corrected)
         errors = errors.reshape(errors.shape[0], -1, problem.neurons)  # [problems, candidates x zeros, neurons]
         ranked = errors.sum((0, 2), keepdim=True).expand_as(errors) if whole else errors
         best = ranked.argmin(1)
