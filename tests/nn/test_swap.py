@@ -37,6 +37,14 @@ def test_pack_is_a_copy_and_unpack_its_inverse() -> None:
     assert torch.equal(pack(back)(x), packed(x))
 
 
+def test_a_packed_model_runs_outside_no_grad() -> None:
+    net = torch.nn.Sequential(torch.nn.LayerNorm(6), simulated(torch.nn.Linear(6, 4)), torch.nn.Linear(4, 2))
+    packed = pack(net)
+    assert not packed(torch.randn(3, 6)).requires_grad and net[0].weight.requires_grad
+    with pytest.raises(BantamweightError, match="requires a gradient; call it under torch.no_grad"):
+        packed(torch.randn(3, 6, requires_grad=True))
+
+
 def test_a_layer_used_twice_stays_one_layer() -> None:
     layer = simulated(torch.nn.Linear(6, 6))
     packed = pack_(torch.nn.Sequential(layer, torch.nn.ReLU(), layer))

@@ -86,7 +86,7 @@ def spectral_density(
         >>> from torch import nn
         >>> model = nn.Linear(2, 1, bias=False)
         >>> data = (torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1))
-        >>> spectral_density(model, nn.functional.mse_loss, data).fraction(3.5, 4.5)
+        >>> round(spectral_density(model, nn.functional.mse_loss, data).fraction(3.5, 4.5), 3)
         0.5
     """
     hessian = Hessian(model, loss_fn, data, blocks=blocks, **options)

@@ -110,6 +110,15 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
     Raises:
         FormatError: the file is missing, damaged, hostile, newer than this version, or another model's. The model
             is then as before.
+
+    Example:
+        >>> import bantamweight as bw
+        >>> def make_model():
+        ...     return torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> small = bw.quantize(make_model(), bw.RoundToNearest(bits=4), calibration=[torch.randn(64, 32)])
+        >>> bw.save(bw.pack(small), "model.safetensors")
+        >>> bw.load("model.safetensors", make_model())(torch.randn(2, 32)).shape
+        torch.Size([2, 4])
     """
     if form not in ("packed", "simulated"):
         raise BantamweightError(f"form is {form!r}, but must be 'packed' or 'simulated'")

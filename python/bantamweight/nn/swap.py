@@ -49,7 +49,9 @@ def pack(model: M) -> M:
 def pack_(model: M) -> M:
     """Turns every simulated layer into its packed form, in place; returns the model (a lone layer's new form).
 
-    A layer that no kernel takes stays simulated; ``model.packing`` (a PackingReport) says which and why.
+    A layer that no kernel takes stays simulated; ``model.packing`` (a PackingReport) says which and why. What is
+    packed is for inference: no parameter requires a gradient any more, so the model also runs outside
+    torch.no_grad(). An input that requires one is refused.
 
     Raises:
         BantamweightError: the model holds no quantized layer.
@@ -82,7 +84,7 @@ def pack_(model: M) -> M:
         records.append(PackedRecord(name=name, scheme=layer.scheme, kernel=kernel, reason=reason))
         return form
 
-    model = _replace(model, packed_form)
+    model = _replace(model, packed_form).requires_grad_(False)
     _leave_fast_paths(model)
     setattr(model, "packing", PackingReport(layers=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
     return model
