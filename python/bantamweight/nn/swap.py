@@ -93,13 +93,14 @@ def pack_(model: M) -> M:
 def unpack(model: M) -> M:
     """A copy of the model with every packed layer in its simulated form, the inverse of `pack`.
 
-    The simulated layers round their inputs to int8 as the packed ones do (``activation_bits=8``).
+    The simulated layers round their inputs to int8 as the packed ones do (``activation_bits=8``), and every
+    parameter that is left can be trained.
     """
 
     def simulated_form(name: str, layer: QuantizedLayer) -> nn.Module:
         return _simulated(layer) if isinstance(layer, PackedLayer) else layer
 
-    model = _replace(copy.deepcopy(model), simulated_form)
+    model = _replace(copy.deepcopy(model), simulated_form).requires_grad_(True)
     if hasattr(model, "packing"):
         del model.packing
     return model
