@@ -256,7 +256,7 @@ def _target(model: nn.Module, name: str, record: LayerRecord, path: object) -> n
         shape = (module.weight.shape[0], math.prod(module.weight.shape[1:]))
     elif isinstance(module, QuantizedLayer):
         geometry = getattr(module, "geometry", None)
-        shape = (module.quantized.out_features, module.quantized.in_features)
+        shape = (module.rows, module.columns)
     else:
         raise FormatError(
             f"{path} has a {record.kind} layer {name!r}, which in {type(model).__name__} is a {type(module).__name__}; "

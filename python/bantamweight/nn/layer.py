@@ -58,6 +58,8 @@ class QuantizedLayer(nn.Module):
     form: str
     bias: Tensor | None
     scheme: str
+    rows: int  # of the weight's matrix: output channels
+    columns: int  # inputs of a channel
     activation_bits: int | None  # 8 where inputs are rounded to int8
 
     @property
@@ -72,14 +74,13 @@ class QuantizedLayer(nn.Module):
     @property
     def name_of_layer(self) -> str:
         """What the layer is, for error sentences."""
-        weight = self.quantized
-        return f"{type(self).__name__} {weight.out_features}x{weight.in_features}"
+        return f"{type(self).__name__} {self.rows}x{self.columns}"
 
-    def check_same_shape(self, weight: QuantizedWeight, out_features: int, in_features: int) -> None:
-        if (weight.out_features, weight.in_features) != (out_features, in_features):
+    def check_same_shape(self, weight: QuantizedWeight) -> None:
+        if (weight.out_features, weight.in_features) != (self.rows, self.columns):
             raise BantamweightError(
                 f"a weight of {weight.out_features}x{weight.in_features} came for a {type(self).__name__} of "
-                f"{out_features}x{in_features}; pass the weight of this layer"
+                f"{self.rows}x{self.columns}; pass the weight of this layer"
             )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -34,6 +34,7 @@ class PackedLayer(QuantizedLayer):
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
         super().__init__()
         check_bias(bias, quantized.out_features)
+        self.rows, self.columns = quantized.out_features, quantized.in_features
         self.register_buffer("layout", None, persistent=False)  # the state dict is QuantizedLayer's work
         self.register_buffer("bias", None if bias is None else bias.detach().to("cpu", torch.float32, copy=True))
         self._hold(quantized)
@@ -47,8 +48,7 @@ class PackedLayer(QuantizedLayer):
         raise NotImplementedError
 
     def set_quantized(self, weight: QuantizedWeight) -> None:
-        mine = self.quantized
-        self.check_same_shape(weight, mine.out_features, mine.in_features)
+        self.check_same_shape(weight)
         self._hold(weight)
 
     def __setattr__(self, name: str, value: Any) -> None:

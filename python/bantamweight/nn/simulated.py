@@ -57,7 +57,7 @@ class SimulatedLayer(QuantizedLayer):
             raise BantamweightError(f"activation_bits is {activation_bits!r}, but must be 8, or None for float inputs")
         check_bias(bias, quantized.out_features)
         self.activation_bits = activation_bits
-        self.out_rows, self.in_columns = quantized.out_features, quantized.in_features
+        self.rows, self.columns = quantized.out_features, quantized.in_features
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         for name in ("codes", "scale", "zero", "weight"):
             self.register_buffer(name, None, persistent=False)  # the state dict is QuantizedLayer's work
@@ -79,7 +79,7 @@ class SimulatedLayer(QuantizedLayer):
     @property
     def quantized(self) -> QuantizedWeight:
         return QuantizedWeight(
-            codes=unpack_codes(self.codes, self.levels, self.in_columns),
+            codes=unpack_codes(self.codes, self.levels, self.columns),
             scale=self.scale,
             zero=self.zero,
             levels=self.levels,
@@ -87,7 +87,7 @@ class SimulatedLayer(QuantizedLayer):
         )
 
     def set_quantized(self, weight: QuantizedWeight) -> None:
-        self.check_same_shape(weight, self.out_rows, self.in_columns)
+        self.check_same_shape(weight)
         self._hold(weight.to(self.codes.device), self.weight.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

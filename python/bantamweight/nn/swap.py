@@ -100,7 +100,9 @@ def unpack(model: M) -> M:
     def simulated_form(name: str, layer: QuantizedLayer) -> nn.Module:
         return _simulated(layer) if isinstance(layer, PackedLayer) else layer
 
-    model = _replace(copy.deepcopy(model), simulated_form).requires_grad_(True)
+    model = _replace(copy.deepcopy(model), simulated_form)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     if hasattr(model, "packing"):
         del model.packing
     return model
