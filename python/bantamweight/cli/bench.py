@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
             bar.update()
 
         rows = linear.run(
+            shapes=linear.SHAPES,
+            rows=linear.ROWS,
             weights=WEIGHTS,
             kernels=linear.available_kernels() or None,
             threads=[threads],
