@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import BantamweightError
-from .batch_norm import LeanBatchNorm
 from .perturbation import norms
+from .second_derivative import LeanSecondDerivatives
 from .snapshot import Snapshot
 
 Closure = Callable[[], Any]
@@ -115,7 +115,7 @@ class Passes:
     def _graph(self, closure: Closure) -> list[Tensor | None]:
         """Gradients that can be differentiated."""
         with torch.enable_grad():
-            with LeanBatchNorm():
+            with LeanSecondDerivatives():
                 loss = _with_graph(closure())
             with _needing_double_backward():
                 graph = torch.autograd.grad(self._scale(loss), self.parameters, create_graph=True, allow_unused=True)
