@@ -115,13 +115,16 @@ def build_problem(
 
     Args:
         streams: the layer's inputs batch by batch.
-        total_rows: the rows of all of them; at most `config.patches_per_layer` are drawn, evenly over the batches.
+        total_rows: the rows of all of them; at most `config.patches_per_layer` are drawn, and no more than 500
+            an input (or 4,096), evenly over the batches.
 
     Raises:
         CalibrationError: NaN or infinity in the inputs, or no rows at all.
     """
     weight = layer_weight(layer)
-    share = min(1.0, config.patches_per_layer / max(total_rows, 1))
+    # A neuron with few inputs needs few rows; depthwise convolutions would otherwise cost more than all others.
+    enough = max(4096, 500 * weight.shape[1])
+    share = min(1.0, min(config.patches_per_layer, enough) / max(total_rows, 1))
     rows_to_solve_on = round(total_rows * share * (1 - config.held_out))
     keep = config.wants_rows(inputs=weight.shape[1], neurons=weight.shape[2], rows=rows_to_solve_on)
     builder = ProblemBuilder(name, weight, keep_rows=keep)

@@ -51,7 +51,8 @@ class LayerwiseMethod:
         bias_correction: add mean(X W - X~ Q) to the bias.
         activation_bits: 8 calibrates (and simulates) with inputs rounded to int8 as the packed layers do; None for
             float inputs.
-        patches_per_layer: rows (samples, tokens, image patches) a layer is calibrated on at most, a random choice.
+        patches_per_layer: rows (samples, tokens, image patches) a layer is calibrated on at most, a random choice;
+            layers with few inputs draw fewer.
         held_out: the share of the calibration samples kept for errors and choices.
         seed: of every random choice.
     """
