@@ -325,8 +325,8 @@ def test_ctrl_c_keeps_the_layers_that_are_done_and_resume_goes_on(job, capsys, m
 
     monkeypatch.setattr(GPFQ, "quantize_layer", interrupted)
     said = refused(capsys, arguments())
-    assert "Ctrl-C" in said and "out/resume" in said and "--resume" in said
-    assert os.listdir("out") == ["resume"]
+    assert "Ctrl-C" in said and f"out/{compress.RESUME_FOLDER}" in said and "--resume" in said
+    assert os.listdir("out") == [compress.RESUME_FOLDER]
 
     def counted(self, problem, bias):
         solved.append(problem.name)

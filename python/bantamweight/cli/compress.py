@@ -29,7 +29,7 @@ from .evaluate import MODEL_FILE
 from .output import staged
 from .run_header import RunHeader
 
-RESUME_FOLDER = "resume"
+RESUME_FOLDER = ".bantamweight-resume"  # a name that no folder of the user's has: it is deleted at the end
 BATCH_SIZES = (1, 64)
 CALIBRATION_BATCH = 64
 MEASURE_SECONDS = 0.6  # for each network and batch size
@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     resume = args.out / RESUME_FOLDER
-    if not args.resume:
-        shutil.rmtree(resume, ignore_errors=True)
     with staged(args.out) as staging, _resumable(resume):
         job = _own_job(args) if args.model else _example_job(args)
+        if not args.resume:
+            shutil.rmtree(resume, ignore_errors=True)
         report = _compress(job, staging, resume if args.model else None, started)
         (staging / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         (staging / "report.html").write_text(html.page(report), encoding="utf-8")
