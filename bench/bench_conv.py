@@ -15,11 +15,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.nn import functional as F  # noqa: N812
-
 from bantamweight import QuantizedWeight
 from bantamweight.ops.lowbit_conv2d import describe_conv2d, pack_conv2d, run_conv2d
 from bantamweight.weights import conv_weight
+from torch.nn import functional as F  # noqa: N812
 
 
 @dataclass(frozen=True, kw_only=True)
