@@ -56,21 +56,23 @@ void bind_vector_ops(py::module_& module) {
       "(status, <rows[i], w>, <w, w>) after w = scale * the parts end to end");
   module.def(
       "vector_subtract",
-      [](const Addresses& rows, const std::vector<float>& coefficients, std::uintptr_t w, int64_t n, const char* isa) {
-        same_length_or_raise(rows.size(), coefficients.size(), "rows and coefficients");
+      [](const Addresses& removed, const std::vector<float>& coefficients, const Addresses& rows, std::uintptr_t w,
+         int64_t n, const char* isa) {
+        same_length_or_raise(removed.size(), coefficients.size(), "removed and coefficients");
         const bw::Isa ceiling = isa_or_raise(isa);
         std::vector<double> dots(rows.size());
         double norm2 = 0.0;
         bw::Status status;
         {
           py::gil_scoped_release unlocked;
-          status = bw::vector_subtract(as_pointers<const float>(rows), coefficients.data(),
+          status = bw::vector_subtract(as_pointers<const float>(removed), coefficients.data(),
+                                       static_cast<int64_t>(removed.size()), as_pointers<const float>(rows),
                                        static_cast<int64_t>(rows.size()), as_pointer<float>(w), n, dots.data(), &norm2,
                                        ceiling);
         }
         return py::make_tuple(static_cast<int>(status), dots, norm2);
       },
-      "(status, <rows[i], w>, <w, w>) after w -= sum_i coefficients[i] * rows[i]");
+      "(status, <rows[i], w>, <w, w>) after w -= sum_i coefficients[i] * removed[i]");
   module.def("vector_dot", [](const Addresses& x, const Addresses& y, const Sizes& sizes, const char* isa) {
     same_length_or_raise(x.size(), sizes.size(), "x and sizes");
     same_length_or_raise(y.size(), sizes.size(), "y and sizes");

@@ -110,14 +110,14 @@ Status vector_project(const float* const* parts, const int64_t* sizes, int64_t c
   return Status::out_of_memory;
 }
 
-Status vector_subtract(const float* const* rows, const float* coefficients, int64_t k, float* w, int64_t n,
-                       double* dots, double* norm2, Isa ceiling) try {
-  if (k < 0 || n < 0 || norm2 == nullptr) return Status::invalid_argument;
+Status vector_subtract(const float* const* removed, const float* coefficients, int64_t r, const float* const* rows,
+                       int64_t k, float* w, int64_t n, double* dots, double* norm2, Isa ceiling) try {
+  if (r < 0 || k < 0 || n < 0 || norm2 == nullptr) return Status::invalid_argument;
   const VectorKernel& kernel = *variants().pick(ceiling);
   std::vector<double> totals(static_cast<size_t>(k) + 1);
   sum_over_chunks(n, k + 1, totals.data(), [&](int64_t begin, int64_t end, float* sums) {
-    kernel.subtract(rows, coefficients, k, begin, w + begin, end - begin);
-    // The rows' chunks are still in the cache: this second reading costs no memory traffic.
+    kernel.subtract(removed, coefficients, r, begin, w + begin, end - begin);
+    // Rows that were removed are still in the cache: their second reading costs no memory traffic.
     sums_of_chunk(kernel, rows, k, w, begin, end, sums);
   });
   std::copy(totals.begin(), totals.end() - 1, dots);

@@ -1,8 +1,10 @@
 // The long vectors of power iteration and Lanczos: lists of tensors and bases in flat storage.
 //
-// A Lanczos step costs two passes over the basis: vector_project gathers a list of tensors into
-// flat storage and takes its dot products with every basis vector in the same reading, and
-// vector_subtract removes them and measures what rounding left behind.
+// Orthogonalising costs two passes over the basis: vector_project gathers a list of tensors into
+// flat storage and takes its dot products with basis vectors in the same reading, and
+// vector_subtract removes them and measures what rounding left behind. A Lanczos step knows most
+// coefficients beforehand (nearly all are zero), so it projects on one vector only and makes one
+// pass over the whole basis: the one that measures.
 //
 // Sums run over chunks of kVectorChunk elements of the flat vector. Inside a chunk, element i is
 // added to lane i % 32 by fused multiply-adds in ascending order, and the lanes are folded in
@@ -37,9 +39,12 @@ Status vector_project(const float* const* parts,  // [count] the list
                       double* norm2,  // out
                       Isa ceiling);
 
-// w -= sum_i coefficients[i] * rows[i]; then dots[i] = <rows[i], w> and *norm2 = <w, w> of the new w.
-Status vector_subtract(const float* const* rows,   // [k] basis vectors of n floats each
-                       const float* coefficients,  // [k]
+// w -= sum_i coefficients[i] * removed[i]; then dots[i] = <rows[i], w> and *norm2 = <w, w> of the
+// new w, all in one pass over memory.
+Status vector_subtract(const float* const* removed,  // [r] vectors of n floats each
+                       const float* coefficients,    // [r]
+                       int64_t r,
+                       const float* const* rows,  // [k] vectors of n floats each, `removed` among them or not
                        int64_t k,
                        float* w,  // in and out [n]
                        int64_t n,

@@ -79,16 +79,23 @@ def test_orthogonalise_returns_the_coefficients(dtype):
     torch.testing.assert_close(basis.row(20), rest, atol=1e-5, rtol=1e-4)
 
 
-def test_two_passes_are_the_rule(monkeypatch):
-    """A third pass over memory comes only when rounding asks for it."""
-    calls = []
-    subtract = _C.vector_subtract
-    monkeypatch.setattr(_C, "vector_subtract", lambda *a: calls.append(1) or subtract(*a))
-    basis = Basis(100_000, torch.float32, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        basis.append(basis.orthogonalise([torch.randn(100_000, generator=generator)])[2])
-    assert len(calls) == 20
+def test_a_lanczos_step_makes_one_pass_over_the_basis(monkeypatch):
+    """It projects on one vector, and subtracts at most three and measures all in one pass; seldom is there another."""
+    projected, removed = [], []
+    project, subtract = _C.vector_project, _C.vector_subtract
+    monkeypatch.setattr(_C, "vector_project", lambda *a: projected.append(len(a[3])) or project(*a))
+    monkeypatch.setattr(_C, "vector_subtract", lambda *a: removed.append(len(a[0])) or subtract(*a))
+    diagonal = torch.linspace(-1, 1, 50_000)
+
+    class Diagonal:
+        size, dtype, device = 50_000, torch.float32, torch.device("cpu")
+
+        def product(self, vector):
+            return [diagonal * vector]
+
+    result = lanczos(Diagonal(), k=2, tol=1e-6, max_products=30)
+    assert result.products == 30
+    assert max(projected) <= 1 and max(removed) <= 2 and len(removed) == 30
 
 
 def test_lanczos_in_float32_equals_float64(variant):

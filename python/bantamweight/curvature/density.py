@@ -144,7 +144,10 @@ def _quadrature(matrix: SymmetricMatrix, start: Tensor, steps: int, bar: Any) ->
     for j in range(steps):
         parts = matrix.product(basis.row(j))
         bar.update()
-        coefficients, length, beta = basis.orthogonalise(parts, scale=float(1.0 / basis.norms[j]))
+        known = np.zeros(j)  # the three-term recurrence: only the coefficient on the vector before is not zero
+        if j:
+            known[-1] = betas[-1]
+        coefficients, length, beta = basis.orthogonalise(parts, float(1.0 / basis.norms[j]), known)
         alphas.append(coefficients[j])
         scale = max(scale, length)
         if j + 1 == steps or beta <= 20 * torch.finfo(matrix.dtype).eps * scale:

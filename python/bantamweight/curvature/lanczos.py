@@ -97,7 +97,7 @@ def lanczos(
 
     # T[:, j] holds the coefficients of H v_j on the basis. The first p columns are done; the vectors from p on are
     # pending, and their rows of T are the residuals' coefficients.
-    T = np.zeros((0, 0))
+    T = np.zeros((max(1, len(basis)), max(1, len(basis))))
     p = products = 0
     values = residuals = np.zeros(0)
     S = np.zeros((0, 0))
@@ -116,7 +116,9 @@ def lanczos(
             parts = matrix.product(basis.row(p))
             products += 1
             bar.update()
-            coefficients, length, beta = basis.orthogonalise(parts, scale=float(1.0 / basis.norms[p]))
+            # T is symmetric: the coefficients on vectors that are done stand in its row p already, nearly all zero.
+            known = np.where(np.abs(T[p, :p]) > torch.finfo(matrix.dtype).eps * scale, T[p, :p], 0.0)
+            coefficients, length, beta = basis.orthogonalise(parts, float(1.0 / basis.norms[p]), known)
             m = len(basis)
             T = _grown(T, m + 1)
             T[:m, p] = coefficients

@@ -1,8 +1,9 @@
 """The long vectors of Lanczos and power iteration: a growing orthogonal basis in flat storage.
 
-A step reads the basis twice: once to project the new vector on it, once to subtract the projections. The second
-reading also measures what is left of them, so that a third is made only when rounding made it necessary. Float32 on
-the CPU runs in the fused kernels of csrc/vector_ops; other types and devices run in torch, with the same results.
+Orthogonalising a vector reads the basis twice: once to project it, once to subtract the projections. The second
+reading also measures what is left of them, so that another is made only when rounding made it necessary. A Lanczos
+step knows nearly all of its coefficients beforehand and needs only the second reading. Float32 on the CPU runs in the
+fused kernels of csrc/vector_ops; other types and devices run in torch, with the same results.
 """
 
 from __future__ import annotations
@@ -95,25 +96,34 @@ class Basis:
         """u_i, flat [size]; scale it by 1 / norms[i] for the unit vector."""
         return self._slabs[i // ROWS_PER_SLAB][i % ROWS_PER_SLAB]
 
-    def project(self, parts: Sequence[Tensor], scale: float = 1.0) -> tuple[Tensor, np.ndarray, float]:
-        """Copies `scale * parts` into the next free row w. Returns w, the coefficients <v_i, w>, and ||w||."""
+    def project(self, parts: Sequence[Tensor], scale: float = 1.0, first: int = 0) -> tuple[Tensor, np.ndarray, float]:
+        """Copies `scale * parts` into the next free row w. Returns w, <v_i, w> for i >= first, and ||w||."""
         if len(self) == len(self._slabs) * ROWS_PER_SLAB:
             self._slabs.append(torch.empty(ROWS_PER_SLAB, self.size, dtype=self.dtype, device=self.device))
         w = self.row(len(self))
         if self._native and native(*parts):
             counts = [part.numel() for part in parts]
-            answer = _C.vector_project(addresses(parts), counts, scale, self._rows(), w.data_ptr(), self.size, "")
-            return w, *self._measured(*answer)
+            rows = self._rows()[first:]
+            status, dots, norm2 = _C.vector_project(addresses(parts), counts, scale, rows, w.data_ptr(), self.size, "")
+            check(status)
+            return w, np.asarray(dots) / self.norms[first:], float(np.sqrt(norm2))
         torch.cat([part.reshape(-1) for part in parts], out=w)
         if scale != 1.0:
             w.mul_(scale)
-        return w, self._coefficients(w), float(torch.linalg.vector_norm(w, dtype=torch.float64))
+        return w, self._coefficients(w, first), float(torch.linalg.vector_norm(w, dtype=torch.float64))
 
     def subtract(self, w: Tensor, coefficients: np.ndarray) -> tuple[np.ndarray, float]:
-        """w -= sum_i coefficients[i] v_i. Returns the new <v_i, w> (rounding errors) and the new ||w||."""
+        """w -= sum_i coefficients[i] v_i. Returns all the new <v_i, w> (rounding errors) and the new ||w||."""
+        if not len(self):
+            return np.zeros(0), float(torch.linalg.vector_norm(w, dtype=torch.float64))
         factors = coefficients / self.norms
         if self._native:
-            return self._measured(*_C.vector_subtract(self._rows(), factors, w.data_ptr(), self.size, ""))
+            rows, some = self._rows(), np.flatnonzero(factors)
+            status, dots, norm2 = _C.vector_subtract(
+                [rows[i] for i in some], factors[some], rows, w.data_ptr(), self.size, ""
+            )
+            check(status)
+            return np.asarray(dots) / self.norms, float(np.sqrt(norm2))
         for slab, c in self._filled(factors):
             w.addmv_(slab.T, c, alpha=-1.0)
         return self._coefficients(w), float(torch.linalg.vector_norm(w, dtype=torch.float64))
@@ -122,15 +132,20 @@ class Basis:
         """Keeps the free row that `project` filled as the next basis vector."""
         self._norms.append(norm)
 
-    def orthogonalise(self, parts: Sequence[Tensor], scale: float = 1.0) -> tuple[np.ndarray, float, float]:
-        """Projects `scale * parts` out of the basis into the free row, to working precision.
+    def orthogonalise(
+        self, parts: Sequence[Tensor], scale: float = 1.0, known: np.ndarray | None = None
+    ) -> tuple[np.ndarray, float, float]:
+        """Projects `scale * parts` out of the basis into the free row, to nearly working precision.
 
-        Returns the coefficients on the basis, the norm before and the norm after.
+        `known` are the first coefficients, as far as they follow from earlier steps; only the others are measured
+        before the subtraction. Returns the coefficients removed, the norm before and the norm after.
         """
-        w, coefficients, before = self.project(parts, scale)
+        known = np.zeros(0) if known is None else known
+        w, rest, before = self.project(parts, scale, first=len(known))
+        coefficients = np.concatenate([known, rest])
         left, after = self.subtract(w, coefficients)
         passes = 1
-        while passes < 3 and len(left) and np.abs(left).max() > 32 * torch.finfo(self.dtype).eps * after:
+        while passes < 3 and len(left) and np.abs(left).max() > 64 * torch.finfo(self.dtype).eps * after:
             coefficients = coefficients + left
             left, after = self.subtract(w, left)
             passes += 1
@@ -155,15 +170,14 @@ class Basis:
     def _rows(self) -> list[int]:
         return [self.row(i).data_ptr() for i in range(len(self))]
 
-    def _measured(self, status: int, dots: list[float], norm2: float) -> tuple[np.ndarray, float]:
-        check(status)
-        return np.asarray(dots) / self.norms, float(np.sqrt(norm2))
-
-    def _coefficients(self, w: Tensor) -> np.ndarray:
-        if not len(self):
+    def _coefficients(self, w: Tensor, first: int = 0) -> np.ndarray:
+        if first >= len(self):
             return np.zeros(0)
-        products = torch.cat([slab @ w for slab, _ in self._filled(np.zeros(len(self)))])
-        return products.double().cpu().numpy() / self.norms
+        if first:
+            products = torch.stack([torch.dot(self.row(i), w) for i in range(first, len(self))])
+        else:
+            products = torch.cat([slab @ w for slab, _ in self._filled(np.zeros(len(self)))])
+        return products.double().cpu().numpy() / self.norms[first:]
 
     def _filled(self, weights: np.ndarray):
         """The filled rows slab by slab, each with its part of `weights` on the device."""
