@@ -133,7 +133,9 @@ TASKS = {
             "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
             "sam": [{"h": h} for h in (0.1, 0.2, 0.5, 1.0)],
             "asam": [{"h": h} for h in (0.5, 1.0, 2.0, 4.0)],
-            "hero": [{"h": h, "lam": lam} for h, lam in ((0.5, 5.0), (1.0, 50.0), (1.0, 500.0), (2.0, 500.0))],
+            "hero": [
+                {"h": h, "lam": lam} for h, lam in ((0.5, 5.0), (1.0, 50.0), (1.0, 500.0), (2.0, 500.0), (4.0, 500.0))
+            ],
         },
     ),
     "fashion": Task(
@@ -146,7 +148,7 @@ TASKS = {
             "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
             "sam": [{"h": h} for h in (0.1, 0.2, 0.5)],
             "asam": [{"h": h} for h in (1.0, 2.0, 4.0)],
-            "hero": [{"h": h, "lam": lam} for h, lam in ((1.0, 50.0), (1.0, 500.0), (2.0, 500.0))],
+            "hero": [{"h": h, "lam": lam} for h, lam in ((1.0, 50.0), (2.0, 500.0), (4.0, 500.0))],
         },
         select_at={0.0: 0.4, 0.2: 0.4, 0.6: 0.4, 0.8: 0.4},
         selection_seeds=SELECTION_SEEDS[:1],
