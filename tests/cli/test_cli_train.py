@@ -47,7 +47,7 @@ def test_compares_optimizers_and_writes_a_report(files, capsys):
         assert contender["gpfq"].keys() == contender["nearest"].keys() == {"8", "4", "3", "2"}
         assert abs(contender["gpfq"]["8"] - contender["accuracy"]) < 0.05
         assert np.shape(contender["loss_surface"]["losses"]) == (11, 11)
-        assert contender["lambda_max"] > 0 and contender["relative_cost"] > 0
+        assert contender["lambda_max"] > 0 and contender["trace"] > 0 and contender["relative_cost"] > 0
         for run in contender["runs"]:
             assert run["config"]["label_noise"] == 0.1
             assert load_file(files / "out/runs" / run["file"])["4.weight"].shape == (3, 64)

@@ -8,7 +8,7 @@ import torch
 from bantamweight.errors import BantamweightError
 from bantamweight.train import loop
 from bantamweight.train.robustness import relative_cost, robustness
-from bantamweight.train.surface import filter_normalised_direction, loss_surface
+from bantamweight.train.surface import filter_normalised_direction, filter_normalised_surface
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -35,7 +35,7 @@ def test_directions_have_the_norms_of_the_filters():
 def test_the_surface_is_the_loss_at_displaced_weights():
     model, x, y = trained()
     before = copy.deepcopy(model.state_dict())
-    surface = loss_surface(model, x, y, radius=0.5, points=5, seed=3)
+    surface = filter_normalised_surface(model, x, y, radius=0.5, points=5, seed=3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert surface.losses[2, 2] == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-6)
@@ -48,13 +48,13 @@ def test_the_surface_is_the_loss_at_displaced_weights():
                 p += 0.5 * first[name] - 0.25 * second[name]
     assert surface.losses[4, 1] == pytest.approx(float(F.cross_entropy(model(x), y).detach()), rel=1e-5)
     with pytest.raises(BantamweightError, match="points is 4"):
-        loss_surface(model, x, y, points=4)
+        filter_normalised_surface(model, x, y, points=4)
 
 
 def test_robustness_is_measured_on_the_quantized_copies():
     model, x, y = trained()
     before = copy.deepcopy(model.state_dict())
-    result = robustness(model, x, y, x, y, bits=(8, 2))
+    result = robustness(model, x, y, x, y, bits=(8, 2), hessian_samples=150)
     assert result.float_accuracy == loop.accuracy(model, x, y)
     assert result.gpfq.keys() == result.nearest.keys() == {8, 2}
     assert abs(result.nearest[8] - result.float_accuracy) < 0.02
@@ -65,6 +65,7 @@ def test_robustness_is_measured_on_the_quantized_copies():
     dense = torch.stack([torch.cat([torch.zeros_like(p).flatten() if r is None else r.flatten() for r, p in zip(row, parameters, strict=True)]) for row in rows])  # fmt: skip  # noqa: E501
     top = max(torch.linalg.eigvalsh((dense + dense.T) / 2).tolist(), key=abs)
     assert result.lambda_max == pytest.approx(top, rel=0.05)
+    assert result.trace == pytest.approx(float(dense.trace()), rel=0.3)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -24,7 +24,7 @@ from ..report import tables, training
 from ..report.results import Machine, cpu_name
 from ..train.loop import TrainConfig, train
 from ..train.robustness import relative_cost, robustness
-from ..train.surface import loss_surface
+from ..train.surface import filter_normalised_surface
 from . import inputs
 from .output import staged
 
@@ -144,7 +144,7 @@ def _contender(job: Job, optimizer: str, args: argparse.Namespace, folder: Path)
     runs = [_finished(job, config, folder, args.resume) for config in configs]
     model = job.make_model()
     model.load_state_dict(load_file(folder / runs[0].file))
-    surface = loss_surface(model, job.x_train[:SURFACE_SAMPLES], job.y_train[:SURFACE_SAMPLES])
+    surface = filter_normalised_surface(model, job.x_train[:SURFACE_SAMPLES], job.y_train[:SURFACE_SAMPLES])
     batch = slice(0, args.batch_size)
     return training.Contender(
         name=optimizer,

@@ -72,6 +72,7 @@ class TrainingReport:
                 "relative_cost": c.relative_cost,
                 "accuracy": mean(c.values(lambda r: r.float_accuracy)),
                 "lambda_max": mean(c.values(lambda r: r.lambda_max)),
+                "trace": mean(c.values(lambda r: r.trace)),
                 "gpfq": {str(b): mean(c.values(lambda r, b=b: r.gpfq[b])) for b in self.bits},
                 "nearest": {str(b): mean(c.values(lambda r, b=b: r.nearest[b])) for b in self.bits},
                 "runs": [run.to_json() for run in c.runs],
@@ -100,6 +101,7 @@ def columns(report: TrainingReport) -> list[str]:
         *(f"W{b} GPFQ" for b in report.bits),
         *(f"W{b} nearest" for b in report.bits),
         "lambda_max",
+        "trace",
         "cost of a step",
     ]
 
@@ -113,6 +115,7 @@ def rows(report: TrainingReport) -> list[list[str]]:
             *(_percent(c.values(lambda r, b=b: r.gpfq[b])) for b in report.bits),
             *(_percent(c.values(lambda r, b=b: r.nearest[b])) for b in report.bits),
             _spread(c.values(lambda r: r.lambda_max), 1.0, 3),
+            _spread(c.values(lambda r: r.trace), 1.0, 2),
             f"{c.relative_cost:.2f}x SGD",
         ]
         for c in report.contenders
@@ -160,7 +163,7 @@ def surfaces(contenders: Sequence[Contender]) -> str:
         centre = contender.surface[len(contender.surface) // 2][len(contender.surface) // 2]
         parts.append(
             f'<text x="{left:.1f}" y="16" class="strong">{escape(contender.name.upper())}</text>'
-            f'<text x="{left + side:.1f}" y="16" text-anchor="end">{centre:.3g} in the middle</text>'
+            f'<text x="{left:.1f}" y="{top + side + 18:.1f}">{centre:.3g} in the middle</text>'
         )
         for i, row in enumerate(contender.surface):
             for j, loss in enumerate(row):
@@ -170,7 +173,7 @@ def surfaces(contenders: Sequence[Contender]) -> str:
                     f'fill="var(--s0)" fill-opacity="{shade:.3f}"><title>loss {loss:.4g}</title></rect>'
                 )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {top + side + 4:.0f}" role="img" aria-label="loss surfaces">'
+        f'<svg viewBox="0 0 {WIDTH} {top + side + 24:.0f}" role="img" aria-label="loss surfaces">'
         f"<title>loss surfaces</title>{''.join(parts)}</svg>"
     )
 

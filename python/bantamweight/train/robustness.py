@@ -9,24 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
-from ..curvature import top_eigenvalues
+from ..curvature import top_eigenvalues, trace
 from ..quantize import GPFQ, RoundToNearest, quantize
 from .loop import TrainConfig, accuracy, make_optimizer, update
 
 BITS = (8, 4, 3, 2)
+TRACE_PRODUCTS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness:
     """Accuracies 0..1 on test data; `gpfq` and `nearest` by bits a weight (a step for every output channel).
 
-    lambda_max: the Hessian's eigenvalue of largest magnitude, of the mean loss in evaluation mode on training data.
+    lambda_max, trace: the Hessian's eigenvalue of largest magnitude and its (estimated) trace, of the mean loss in
+    evaluation mode on training data.
     """
 
     float_accuracy: float
     gpfq: dict[int, float]
     nearest: dict[int, float]
     lambda_max: float
+    trace: float
 
 
 def robustness(
@@ -38,7 +41,7 @@ def robustness(
     *,
     bits: Sequence[int] = BITS,
     calibration: int = 512,
-    hessian_samples: int = 1000,
+    hessian_samples: int = 256,
 ) -> Robustness:
     """Quantizes copies of `model`, calibrated on the first training inputs, and tests them with float activations."""
     kept: dict[str, dict[int, float]] = {"gpfq": {}, "nearest": {}}
@@ -48,7 +51,12 @@ def robustness(
             kept[name][b] = accuracy(small, x_test, y_test)
     batch = (x_train[:hessian_samples], y_train[:hessian_samples])
     top = top_eigenvalues(model, F.cross_entropy, batch, tol=1e-2)
-    return Robustness(float_accuracy=accuracy(model, x_test, y_test), lambda_max=float(top.values[0]), **kept)
+    return Robustness(
+        float_accuracy=accuracy(model, x_test, y_test),
+        lambda_max=float(top.values[0]),
+        trace=trace(model, F.cross_entropy, batch, products=TRACE_PRODUCTS).value,
+        **kept,
+    )
 
 
 def relative_cost(model: nn.Module, x: Tensor, y: Tensor, config: TrainConfig, *, rounds: int = 7) -> float:

@@ -1,4 +1,8 @@
-"""The loss on a plane through the trained weights (Li et al., 2018, arXiv 1712.09913): how wide the minimum is."""
+"""The loss on a random plane through the trained weights (Li et al., 2018, arXiv 1712.09913): how wide the minimum is.
+
+Distances are relative to the weights, so that networks trained differently can be laid side by side;
+`bantamweight.curvature.loss_surface` shows one network along its steepest directions.
+"""
 
 import copy
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from ..errors import BantamweightError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LossSurface:
+class FilterNormalisedSurface:
     """losses [points, points] float64 at (offsets[i], offsets[j]) along the two directions; the middle is the model."""
 
     offsets: Tensor
@@ -37,9 +41,9 @@ def filter_normalised_direction(model: nn.Module, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def loss_surface(
+def filter_normalised_surface(
     model: nn.Module, x: Tensor, y: Tensor, *, radius: float = 1.0, points: int = 11, seed: int = 0
-) -> LossSurface:
+) -> FilterNormalisedSurface:
     """Mean cross-entropy of `model`, in evaluation mode, on x [n, ...] and y [n], over points^2 displacements.
 
     The model itself is not touched. Raises `BantamweightError` for an even number of points.
@@ -47,8 +51,9 @@ def loss_surface(
     Example
     -------
     >>> import torch
-    >>> from bantamweight.train.surface import loss_surface
-    >>> surface = loss_surface(torch.nn.Linear(4, 3), torch.randn(8, 4), torch.zeros(8, dtype=torch.long), points=3)
+    >>> from bantamweight.train.surface import filter_normalised_surface
+    >>> x, y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
+    >>> surface = filter_normalised_surface(torch.nn.Linear(4, 3), x, y, points=3)
     >>> surface.losses.shape
     torch.Size([3, 3])
     """
@@ -71,4 +76,4 @@ def loss_surface(
                     weight.copy_(centre[name] + a * first[name] + b * second[name])
                 losses[i, j] = F.cross_entropy(model(x), y)
                 bar.update()
-    return LossSurface(offsets=offsets, losses=losses)
+    return FilterNormalisedSurface(offsets=offsets, losses=losses)
