@@ -7,6 +7,7 @@ A 784-500-300-10 perceptron with batch normalization, trained here in under a mi
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -64,9 +65,7 @@ def main() -> None:
 def train(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
     torch.manual_seed(0)
     sizes = (784, 500, 300)
-    hidden = [
-        part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())
-    ]
+    hidden = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
     network = nn.Sequential(*hidden, nn.Linear(300, 10))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)

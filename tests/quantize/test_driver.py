@@ -331,6 +331,30 @@ def test_one_sample_is_enough(model: Residual, images: Tensor):
     assert len(report.layers) == 5
 
 
+def test_a_bfloat16_model_stays_one(model: Residual, images: Tensor):
+    model = model.to(torch.bfloat16)
+    for config in (FAST, GPFQ(bits=8, bias_correction=False)):
+        quantized = quantize(model, config, calibration=images.to(torch.bfloat16))
+        assert quantized(images.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_models_of_keyword_arguments_and_structured_outputs():
+    class Structured(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, 16)
+            self.layer = nn.Linear(16, 8)
+
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+            hidden = self.layer(input=self.embed(ids))
+            return {"hidden": hidden if mask is None else hidden * mask[..., None]}
+
+    batches = [{"ids": torch.randint(0, 20, (6, 5)), "mask": torch.ones(6, 5)} for _ in range(3)]
+    report = quantize(Structured(), FAST, calibration=batches).quantization
+    assert [layer.name for layer in report.layers] == ["layer"]
+    assert [layer.name for layer in report.skipped] == ["embed"]
+
+
 def test_presets():
     assert preset("ternary") == GPFQ(bits=2, levels=3)
     assert preset("W4A8-g128") == GPFQ(bits=4, activation_bits=8, group_size=128)

@@ -12,6 +12,8 @@ from bantamweight.quantize.path_following import (
     follow_samples,
     gram_is_cheaper,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 VARIANTS = [name for name, missing in _C.gpfq_variants() if not missing]
@@ -215,23 +217,25 @@ def test_shrinking_makes_zeros():
 
 
 @pytest.mark.parametrize("kernel", VARIANTS)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 3, 17), (2, 63, 31), (3, 64, 32), (1, 65, 33), (1, 128, 100), (2, 5, 0)]
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 128), st.integers(0, 100)),
+    levels=st.sampled_from([2, 3, 4, 7, 16, 256]),
+    modes=st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 2)),
+    seed=st.integers(0, 2**32 - 1),
 )
-@pytest.mark.parametrize("feedback", [0, 1, 2])
-@pytest.mark.parametrize("mode", [(0, 0), (1, 0), (0, 1), (0, 2)])
 def test_every_variant_equals_the_reference(
-    kernel: str, shape: tuple[int, int, int], feedback: int, mode: tuple[int, int]
+    kernel: str, shape: tuple[int, int, int], levels: int, modes: tuple[int, int, int], seed: int
 ):
     problems, rows, columns = shape
-    generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    groups = min(3, rows)
+    generator = torch.Generator().manual_seed(seed)
+    groups = max(1, min(3, rows))
     panel = torch.randn(shape, generator=generator)
-    if panel.numel() > 5:
+    if seed % 2 and panel.numel() > 5:
         panel.view(-1)[5] = float("nan")  # must give the same code everywhere, whatever it is
-    lower = torch.randn(problems, rows, rows, generator=generator) / rows**0.5
+    lower = torch.randn(problems, rows, rows, generator=generator) / max(rows, 1) ** 0.5
     scale = torch.rand(problems, groups, columns, generator=generator) + 0.1
-    inverse, zero = 1 / scale, torch.randint(0, 7, scale.shape, generator=generator).float()
+    inverse, zero = 1 / scale, torch.randint(0, levels, scale.shape, generator=generator) / 2
     group = torch.randint(0, groups, (rows,), generator=generator, dtype=torch.int32)
     previous = torch.randn(shape, generator=generator)
 
@@ -245,10 +249,10 @@ def test_every_variant_equals_the_reference(
             group.data_ptr(),
             previous.data_ptr(),
             codes.data_ptr(),
-            7,
-            (feedback, *mode),
+            levels,
+            modes,
             0.6,
-            1234,
+            seed,
             7,
             variant,
         )
@@ -259,10 +263,9 @@ def test_every_variant_equals_the_reference(
     amounts, codes = run(kernel)
     expected_amounts, expected_codes = run("reference")
     assert torch.equal(codes, expected_codes)
-    assert bool((codes < 7).all())
-    assert torch.equal(amounts.view(torch.int32), expected_amounts.view(torch.int32)) or torch.equal(
-        amounts.nan_to_num(12345.0), expected_amounts.nan_to_num(12345.0)
-    )
+    assert bool((codes < levels).all()) or levels == 256
+    # NaN equals itself here: it goes where the reference lets it go.
+    assert torch.equal(amounts.nan_to_num(12345.0), expected_amounts.nan_to_num(12345.0))
 
 
 def test_the_environment_forces_a_variant(monkeypatch: pytest.MonkeyPatch):

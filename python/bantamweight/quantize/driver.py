@@ -228,7 +228,7 @@ class _Run:
         bias = None if result.bias is None else result.bias.to(dtype)
         kind = SimulatedLinear if isinstance(layer, nn.Linear) else SimulatedConv2d
         simulated = kind.from_float(layer, result.weight, bias, activation_bits=config.activation_bits)  # type: ignore[arg-type]
-        simulated = simulated.to(device).eval()
+        simulated = simulated.to(device=device, dtype=dtype).eval()
         # A module that is used under several names is replaced under all of them.
         original = self.quantized.get_submodule(name) if name else self.quantized
         modules = list(self.quantized.named_modules(remove_duplicate=False))

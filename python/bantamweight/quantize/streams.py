@@ -112,15 +112,15 @@ def replay(
     """Visits the layers in the order in which the analog network first calls them."""
     rows: dict[str, int] = {}
 
-    def count(name: str, layer: TargetLayer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def count(name: str, layer: TargetLayer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in seen:
                 seen.add(name)
-                rows[name] = rows.get(name, 0) + input_rows(layer, args[0].shape)
+                rows[name] = rows.get(name, 0) + input_rows(layer, _first_input(args, kwargs).shape)
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(count(name, layer)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(count(name, layer), with_kwargs=True) for name, layer in layers.items()]
     try:
         for batch in batches:
             seen: set[str] = set()
@@ -149,11 +149,11 @@ def _input_of(layer: nn.Module, model: nn.Module, batch: Batch) -> Tensor | None
     """The layer's first input in this batch; None if the batch does not reach it."""
     caught: list[Tensor] = []
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(_first_input(args, kwargs))
         raise _ReachedError
 
-    handle = layer.register_forward_pre_hook(hook)
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         batch.run(model)
     except _ReachedError:
@@ -161,6 +161,11 @@ def _input_of(layer: nn.Module, model: nn.Module, batch: Batch) -> Tensor | None
     finally:
         handle.remove()
     return caught[0] if caught else None
+
+
+def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What linear and convolution layers call `input`, however it was passed."""
+    return args[0] if args else kwargs["input"]
 
 
 def _bind(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Any]:
@@ -184,7 +189,7 @@ def _bind(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Any]:
 def _streams_at(
     node: fx.Node, alive: dict[fx.Node, tuple[list[Any], list[Any]]], batches: Sequence[Batch]
 ) -> list[Streams]:
-    source = node.args[0] if node.args else node.kwargs["input"]
+    source = _first_input(node.args, node.kwargs)
     assert isinstance(source, fx.Node)
     analog, quantized = alive[source]
     return [(x, y, batch.held_out) for x, y, batch in zip(analog, quantized, batches, strict=True)]
