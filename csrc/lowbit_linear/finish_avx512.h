@@ -61,8 +61,11 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
     if constexpr (kLast) {
       const __m512 row_scale = _mm512_set1_ps(task.row_scale[first_row + r]);
       float* y = task.y + (first_row + r) * task.ldy;
-      for (int j = 0; j < 4; ++j) {
-        _mm512_mask_storeu_ps(y + 16 * j, valid[j], _mm512_fmadd_ps(out[j], row_scale, bias[j]));
+      for (int j = 0; j < 4; ++j) out[j] = _mm512_fmadd_ps(out[j], row_scale, bias[j]);
+      if (task.stream_outputs && task.block_n_valid >= 64) {
+        for (int j = 0; j < 4; ++j) _mm512_stream_ps(y + 16 * j, out[j]);
+      } else {
+        for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(y + 16 * j, valid[j], out[j]);
       }
     } else {
       for (int j = 0; j < 4; ++j) _mm512_store_ps(partial + 16 * j, out[j]);

@@ -92,6 +92,7 @@ struct TileTask {
   float* y;                      // out: row r at y + r * ldy
   int64_t ldy;
   int64_t block_n_valid;         // channels to write, <= block_n
+  bool stream_outputs = false;   // a variant may set it to write past the caches
 };
 
 struct LinearKernel {

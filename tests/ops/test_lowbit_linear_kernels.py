@@ -113,6 +113,22 @@ def test_sums_do_not_wrap(isa: str, bits: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("isa", LINEAR)
+def test_outputs_larger_than_the_cache(isa: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    n, k, m = 1040, 64, 520  # 2.2 MB, which AMX writes past the caches; 16 rows and 64 channels do not divide it
+    codes, scale, zero = random_weight(n, k, 4, k, "uniform", generator)
+    x = torch.randn(m, k, generator=generator)
+    memory = torch.empty(m * n + 16)
+    start = -memory.data_ptr() // 4 % 16  # on a cache line
+    expected = forward(pack(codes, scale, zero, 4, k, "reference"), x, n, None)[1]
+    layout = pack(codes, scale, zero, 4, k, isa)
+    y = memory[start : start + m * n].view(m, n)
+    status = _C.linear_forward(layout.data_ptr(), layout.numel(), x.data_ptr(), k, m, 0, y.data_ptr(), n)
+    assert status == 0
+    assert same_bits(y, expected)
+
+
+@pytest.mark.parametrize("isa", LINEAR)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_not_finite_is_reported(isa: str, bad: float) -> None:
     generator = torch.Generator().manual_seed(0)
