@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from bantamweight import GPFQ, RoundToNearest
-from bantamweight.errors import BantamweightError
+from bantamweight.errors import BantamweightError, CalibrationError
 from bantamweight.quantize import LayerwiseMethod
 from bantamweight.quantize.grid import Grid
 from bantamweight.quantize.layer_problem import LayerProblem, ProblemBuilder
@@ -259,7 +259,30 @@ def test_zero_weights_zero_inputs_and_a_constant_input():
         assert bool(torch.isfinite(q).all())
         assert math.isfinite(result.error)
         assert float(q[2].abs().max()) < 1e-9
-        # An input that was zero throughout is not thrown away.
+        # Inputs that were zero or constant throughout are not thrown away.
         assert float((q[:, 3] - weight[0, 3]).abs().max()) <= float(weight.abs().max())
         if result.weight.levels > 4:
             assert float(q[:, 3].abs().max()) > 0.1
+            assert float(q[:, 4].abs().max()) > 0.1
+
+
+def test_inputs_whose_products_overflow_are_refused():
+    builder = ProblemBuilder("layer", torch.ones(1, 4, 2), keep_rows=False)
+    x = torch.full((1, 30, 4), 1e25)
+    builder.add(x, x, held_out=False)
+    builder.add(x, x, held_out=True)
+    with pytest.raises(CalibrationError, match="'layer' are too large"):
+        builder.finish()
+
+
+def test_all_inputs_zero_and_inputs_far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 10, 6, generator=generator)
+    for x in (torch.zeros(1, 100, 10), 1e4 + torch.randn(1, 100, 10, generator=generator)):
+        builder = ProblemBuilder("layer", weight, keep_rows=False)
+        builder.add(x[:, :80], x[:, :80], held_out=False)
+        builder.add(x[:, 80:], x[:, 80:], held_out=True)
+        for settings in ({}, {"damping": 0.0}, {"centered": False}):
+            result = GPFQ(**settings).quantize_layer(builder.finish(), None)
+            assert result.error < 0.01
+            assert float((result.weight.dequantize() - weight[0].T).abs().max()) < 1.5

@@ -71,7 +71,11 @@ class LayerProblem:
         if not centered:
             return cross, gram
         tilde = self.mean_quantized[:, :, None] * self.rows
-        return cross - tilde @ self.mean[:, None, :], gram - tilde @ self.mean_quantized[:, None, :]
+        around_mean = gram - tilde @ self.mean_quantized[:, None, :]
+        # What is left of a constant input is the rounding of the sums; it carries nothing and counts as zero.
+        varies = around_mean.diagonal(dim1=1, dim2=2) > 1e-5 * gram.diagonal(dim1=1, dim2=2)
+        around_mean *= varies[:, :, None] & varies[:, None, :]
+        return (cross - tilde @ self.mean[:, None, :]) * varies[:, :, None], around_mean
 
     def samples(self, centered: bool) -> tuple[Tensor, Tensor] | None:
         """X and X~ if the rows were kept; less their means if `centered`."""
@@ -173,6 +177,11 @@ class ProblemBuilder:
         if self.rows == 0:
             raise CalibrationError(
                 f"layer '{self.name}' saw no calibration data; pass calibration batches that are not empty and reach it"
+            )
+        if self.gram is not None and not bool(torch.isfinite(self.gram.sum())):
+            raise CalibrationError(
+                f"the inputs of layer '{self.name}' are too large for float32 products; scale the calibration data, or "
+                "ignore the layer"
             )
         analog = quantized = None
         if self.kept:

@@ -213,9 +213,14 @@ def follow_aligned(
         weight = weight[:, order]
         cross, gram, group = cross[:, order][:, :, order], gram[:, order][:, :, order], group[order]
     panels = _Panels(grid, group, rounding)
-    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(gram.dtype).tiny)
-    ridge = ridge[:, None, None] * torch.eye(d, dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.cholesky(gram + ridge)
+    level = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    level = torch.where(level > 0, level, 1.0)[:, None, None]
+    ridge = level * torch.eye(d, dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(gram + ridge)
+    while bool(info.any()):
+        # Sums of float32 products may leave H slightly indefinite where inputs are far from zero mean.
+        ridge *= 10
+        factor, info = torch.linalg.cholesky_ex(gram + ridge)
     left = torch.cholesky_solve(torch.bmm(cross + ridge, weight), factor).repeat(1, 1, columns // neurons)  # V
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     # Row t of `spread` is what input t's error adds to the inputs after it, per unit.
