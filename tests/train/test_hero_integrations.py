@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 
 def network(seed=0):
@@ -179,6 +180,24 @@ def test_flash_attention_trains_in_fd_mode_and_is_refused_in_exact_mode():
     assert float(closure().detach()) < first
     with pytest.raises(BantamweightError, match='use mode="fd"'):
         HERO(project.parameters(), lr=0.1, mode="exact").step(closure)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fd"])
+def test_checkpointed_activations_change_nothing(mode):
+    x, y = batch()
+    gradients = []
+    for checkpointed in (False, True):
+        model = network()
+        optimizer = HERO(model.parameters(), lr=0.1, mode=mode, reduction="sum", model=model)
+
+        def closure(model=model, checkpointed=checkpointed):
+            body, head = model[:4], model[4:]
+            features = checkpoint(body, x, use_reentrant=False) if checkpointed else body(x)
+            return F.cross_entropy(head(features), y)
+
+        optimizer.step(closure)
+        gradients.append(flat_gradient(model))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 # ---- DistributedDataParallel ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ _convolution_backward = torch.ops.aten.convolution_backward
 
 
 class LeanSecondDerivatives(TorchFunctionMode):
-    """Within this context F.conv2d, and F.batch_norm in training mode, on float32 or float64, are those below."""
+    """Within this context F.conv2d, and F.batch_norm in training mode, are those below, where `_applies` says so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -31,14 +31,19 @@ class LeanSecondDerivatives(TorchFunctionMode):
 
 
 def _applies(*tensors: Tensor | None) -> bool:
-    """Plain tensors of one float type: no autocast, no subclasses, no functorch transforms."""
+    """Plain tensors of one float type on the CPU: no autocast, no subclasses, no functorch transforms.
+
+    Nor saved-tensor hooks: activation checkpointing runs its part again outside this context, and must find the same.
+    """
     present = [t for t in tensors if t is not None]
     dtype = present[0].dtype
     return (
         dtype in (torch.float32, torch.float64)
+        and present[0].device.type == "cpu"  # where it was measured
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == dtype for t in present)
-        and not torch.is_autocast_enabled(present[0].device.type)
+        and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None  # pyright: ignore
     )
 
 
