@@ -33,6 +33,7 @@ RESUME_FOLDER = ".bantamweight-resume"  # a name that no folder of the user's ha
 BATCH_SIZES = (1, 64)
 CALIBRATION_BATCH = 64
 MEASURE_SECONDS = 0.6  # for each network and batch size
+ROUNDING = 1e-9  # 0.915 - 0.905 is a little more than 0.01
 EXAMPLE_BITS = ("4", "3", "2", "ternary")
 EXAMPLE_TOLERANCE = 0.01  # the example keeps the smallest network that loses at most this much accuracy
 
@@ -311,14 +312,14 @@ def _within_drop(job: Job, header: RunHeader, first: Trial, config: Config) -> T
     assert job.max_drop is not None
     worst = sorted((layer for layer in first.layers if layer.bits < 8), key=lambda layer: -layer.error)
     trial, count = first, 0
-    while header.baseline_accuracy - trial.accuracy > job.max_drop and count < len(worst):
+    while header.baseline_accuracy - trial.accuracy > job.max_drop + ROUNDING and count < len(worst):
         count = min(max(1, 2 * count), len(worst))
         _progress(f"accuracy {tables.percent(trial.accuracy)}: giving 8 bits to the {count} layer(s) with most error")
         raised = {layer.name: replace(config, bits=8, levels=None) for layer in worst[:count]}
         label = f"{first.label}, {count} of {len(first.layers)} layers at 8 bits"
         trial = _try(job, header, label, config, first.file, raised=raised)
     drop, allowed = 100 * max(0.0, header.baseline_accuracy - trial.accuracy), 100 * job.max_drop
-    verdict = "met" if drop <= allowed else f"missed by {drop - allowed:.2f} points"
+    verdict = "met" if drop <= allowed + 100 * ROUNDING else f"missed by {drop - allowed:.2f} points"
     note = f"--max-drop of {allowed:.2f} points {verdict}: accuracy drops by {drop:.2f} points with {count} of "
     note += f"{len(first.layers)} layers at 8 bits, those with the largest errors, checked on the test set itself."
     return replace(trial, notes=(*trial.notes, note))
@@ -326,7 +327,9 @@ def _within_drop(job: Job, header: RunHeader, first: Trial, config: Config) -> T
 
 def _choose(packed: Sequence[Outcome], baseline_accuracy: float) -> int:
     """The smallest network that loses at most a point, else the most accurate one."""
-    good = [n for n, outcome in enumerate(packed) if baseline_accuracy - outcome.accuracy <= EXAMPLE_TOLERANCE]
+    good = [
+        n for n, outcome in enumerate(packed) if baseline_accuracy - outcome.accuracy <= EXAMPLE_TOLERANCE + ROUNDING
+    ]
     if good:
         return min(good, key=lambda n: packed[n].bytes)
     return max(range(len(packed)), key=lambda n: packed[n].accuracy)
