@@ -187,15 +187,18 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
   // two, so that one which was preempted holds the others up little.
   constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10;
-  constexpr int64_t kMinMacs = 1 << 18, kMaxMacs = 1 << 24;
+  constexpr int64_t kMinMacs = 1 << 17, kMaxMacs = 1 << 24;
+  // Below this, about 2 us of work, waking a second thread costs as much as it saves.
+  constexpr int64_t kMinParallelMacs = 1 << 19;
   const int64_t block_n = view.kernel->block_n, blocks = blocks_of(*view.kernel, view.n);
   int64_t k = 0;
   for (int64_t p = 0; p < view.piece_count; ++p) k += view.pieces[p].k_size;
   const int64_t rows_fit = std::max<int64_t>(64, kActivationBytes / std::max<int64_t>(1, k) / 64 * 64);
   const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
-  const int64_t threads = max_threads();
   const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
-  const int64_t share = macs_per_block * blocks * row_chunks / (2 * threads);
+  const int64_t total = macs_per_block * blocks * row_chunks;
+  const int64_t threads = total < kMinParallelMacs ? 1 : max_threads();
+  const int64_t share = total / (2 * threads);
   const int64_t macs = threads == 1 ? kMaxMacs : std::clamp(share, kMinMacs, kMaxMacs);
   const int64_t blocks_fit = kWeightBytes / std::max<int64_t>(1, view.block_bytes);
   const int64_t blocks_per_chunk = std::max<int64_t>(1, std::min(macs / macs_per_block, blocks_fit));

@@ -1,0 +1,55 @@
+import os
+
+import pytest
+import torch
+from bantamweight.bench import linear
+
+
+def test_rows_of_every_kernel_and_peer() -> None:
+    kernels = linear.available_kernels() or ["reference"]
+    threads = torch.get_num_threads()
+    seen: list[linear.Row] = []
+    rows = linear.run(
+        shapes=[(100, 70)],
+        rows=[1, 3],
+        weights=["ternary", "W4-g32"],
+        kernels=kernels,
+        threads=[1],
+        seconds=0.001,
+        progress=seen.append,
+    )
+    assert seen == rows
+    assert torch.get_num_threads() == threads
+    ours = [row for row in rows if not row.name.startswith("torch")]
+    assert [row.name for row in ours if row.rows == 1] == [
+        f"{scheme} {kernel}" for scheme in ("ternary", "W4-g32") for kernel in kernels
+    ]
+    for row in rows:
+        assert row.fastest <= row.microseconds
+        # int8 activations: a wrong result would be off by 1, a right one by about 0.01
+        assert row.error < 0.05
+        assert row.gops == pytest.approx(2e-3 * row.rows * 100 * 70 / row.microseconds)
+    for row in ours:
+        peers = [peer for peer in rows if peer.name.startswith("torch") and peer.rows == row.rows]
+        assert row.ratio == pytest.approx(min(peer.microseconds for peer in peers) / row.microseconds)
+
+
+def test_kernel_ceiling_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", "reference")
+    rows = linear.run(shapes=[(8, 8)], rows=[1], weights=["W2"], threads=[1], peers=False, seconds=0.001)
+    assert [row.name for row in rows] == ["W2 reference"]
+    assert rows[0].ratio is None
+    assert os.environ["BANTAMWEIGHT_FORCE_KERNEL"] == "reference"
+
+
+def test_table_is_aligned() -> None:
+    rows = linear.run(shapes=[(8, 16)], rows=[1], weights=["W4"], threads=[1], seconds=0.001)
+    heading, *lines = linear.format_table(rows).splitlines()
+    assert len(lines) == len(rows)
+    column = heading.index("layer")
+    assert [line[column:].startswith(row.name) for line, row in zip(lines, rows, strict=True)] == [True] * len(rows)
+
+
+def test_unknown_weights_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'W5'.*ternary, W2"):
+        linear.random_weight("W5", 8, 8)
