@@ -132,18 +132,18 @@ constexpr int64_t codes_stride(int j) {
 }
 
 // Sums of a group on their way to the outputs, a few rows at a time.
-template <int kBits>
+template <int kBits, int kTiles = 4>
 struct Pending {
   const TileTask* task;
   int64_t group, first_row;
   int64_t row = 0, rows = 0;  // rows [row, rows) are still to do
   const int32_t* sums;
-  float* partial;  // [16][64], carried from group to group
+  float* partial;  // [rows][64], carried from group to group
 
   void finish(int64_t count) {
     if (row == rows) return;
     const int64_t now = rows - row < count ? rows - row : count;
-    finish_group<kBits>(*task, group, first_row + row, now, sums + row * kBlockN, partial + row * kBlockN);
+    finish_group<kBits, kTiles>(*task, group, first_row + row, now, sums + row * kBlockN, partial + row * kBlockN);
     row += now;
   }
 };
@@ -291,6 +291,101 @@ void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes,
   }
 }
 
+// Up to 32 channels, as the first layers of convolutional networks have: two of a block's four tiles
+// or one, so few codes that they are unpacked once and stay in L1. Rows come two tiles at a time.
+constexpr int64_t kNarrowChannels = 32, kMaxNarrowChunks = 16, kNarrowRows = 2 * kTileRows;
+
+template <int kBits, int kTiles>
+void unpack_narrow(const TileTask& task, const Chunk* chunks, int64_t chunk_count, uint8_t* codes) {
+  for (int64_t c = 0; c < chunk_count; ++c) {
+    const uint8_t* from = task.weight + chunks[c].weight_offset;
+    for (int64_t q = 0; q < kChunkQuads; ++q, from += 32 * kBits, codes += 64) {
+      __m512i tile[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      if (q < chunks[c].quads) {
+        const __m512i line = _mm512_load_si512(from);
+        tile[0] = kBits == 8 ? line : _mm512_and_si512(line, _mm512_set1_epi8(kBits == 2 ? 0x03 : 0x0f));
+        if (kTiles == 2) {
+          tile[1] = kBits == 8   ? _mm512_load_si512(from + 64)
+                    : kBits == 4 ? line
+                                 : _mm512_and_si512(line, _mm512_set1_epi8(0x0f));
+        }
+      }
+      _mm512_store_si512(codes, tile[0]);
+      if (kTiles == 2) _mm512_store_si512(codes + kTileBytes, tile[1]);
+    }
+    codes += (kTiles - 1) * kTileBytes;
+  }
+}
+
+// Rows 0 .. row_count - 1 of a task, a multiple of 32.
+template <int kBits, int kTiles>
+void run_narrow(const TileTask& task, const Chunk* chunks, int64_t chunk_count, int64_t row_count) {
+  alignas(64) uint8_t codes[kMaxNarrowChunks * kTiles * kTileBytes];
+  alignas(64) int8_t gathered[2][kTileBytes];
+  alignas(64) int32_t sums[2][kNarrowRows * kBlockN];  // in turn: one is finished while the other is made
+  alignas(64) float partial[kNarrowRows * kBlockN];
+  unpack_narrow<kBits, kTiles>(task, chunks, chunk_count, codes);
+  configure(kTileRows);
+  Pending<kBits, kTiles> pending;
+  pending.task = &task;
+  pending.partial = partial;
+  int turn = 0;
+  for (int64_t first_row = 0; first_row < row_count; first_row += kNarrowRows) {
+    const int8_t* const* row[2] = {task.rows + first_row, task.rows + first_row + kTileRows};
+    const int64_t stride[2] = {equal_spacing(row[0], kTileRows), equal_spacing(row[1], kTileRows)};
+    const uint8_t* tile = codes;
+    for (int64_t c = 0; c < chunk_count; ++c, tile += kTiles * kTileBytes) {
+      const Chunk& chunk = chunks[c];
+      const int8_t* activations[2];
+      for (int i = 0; i < 2; ++i) {
+        activations[i] = row[i][0] + chunk.row_offset;
+        if (stride[i] != 0) continue;
+        activations[i] = gathered[i];
+        for (int64_t r = 0; r < kTileRows; ++r) {
+          _mm512_store_si512(gathered[i] + r * 64, _mm512_loadu_si512(row[i][r] + chunk.row_offset));
+        }
+      }
+      if (chunk.begins_group) {
+        TILE_ZERO(0);
+        TILE_ZERO(2);
+        if (kTiles == 2) TILE_ZERO(1);
+        if (kTiles == 2) TILE_ZERO(3);
+      }
+      TILE_LOAD(4, activations[0], stride[0] == 0 ? 64 : stride[0]);
+      TILE_LOAD(6, tile, 64);
+      TILE_MULTIPLY(0, 4, 6);
+      TILE_LOAD(5, activations[1], stride[1] == 0 ? 64 : stride[1]);
+      TILE_MULTIPLY(2, 5, 6);
+      if (kTiles == 2) {
+        TILE_LOAD(7, tile + kTileBytes, 64);
+        TILE_MULTIPLY(1, 4, 7);
+        TILE_MULTIPLY(3, 5, 7);
+      }
+      if (chunk.ends_group) {
+        pending.finish(kNarrowRows);
+        int32_t *upper = sums[turn], *lower = sums[turn] + kTileRows * kBlockN;
+        TILE_STORE(0, upper, 4 * kBlockN);
+        TILE_STORE(2, lower, 4 * kBlockN);
+        if (kTiles == 2) TILE_STORE(1, upper + 16, 4 * kBlockN);
+        if (kTiles == 2) TILE_STORE(3, lower + 16, 4 * kBlockN);
+        pending.group = chunk.group;
+        pending.first_row = first_row;
+        pending.row = 0;
+        pending.rows = kNarrowRows;
+        pending.sums = sums[turn];
+        turn = 1 - turn;
+      }
+    }
+  }
+  pending.finish(kNarrowRows);
+}
+
+template <int kBits>
+void run_narrow_bits(const TileTask& task, const Chunk* chunks, int64_t chunk_count, int64_t row_count) {
+  const auto run_tiles = task.block_n_valid <= 16 ? run_narrow<kBits, 1> : run_narrow<kBits, 2>;
+  run_tiles(task, chunks, chunk_count, row_count);
+}
+
 // Outputs that will not stay in L2 are written past it: reading each line first, only to overwrite
 // it, costs a quarter of the time at 512 x 3072.
 bool outgrows_cache(const TileTask& task) {
@@ -308,8 +403,13 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   if (end > 0) {
     Chunk chunks[kMaxChunks];
     list_chunks(task, linear_kernel_avx512_vnni()->block_bytes(bits, &kOneQuad, 1), chunks);
-    int64_t configured = 0;
-    for (int64_t row = 0; row < end; row += kTileRows) {
+    int64_t configured = 0, row = 0;
+    if (block_count == 1 && task.block_n_valid <= kNarrowChannels && chunk_count <= kMaxNarrowChunks) {
+      row = end / kNarrowRows * kNarrowRows;
+      const auto run_bits = bits == 2 ? run_narrow_bits<2> : bits == 8 ? run_narrow_bits<8> : run_narrow_bits<4>;
+      if (row > 0) run_bits(task, chunks, chunk_count, row);
+    }
+    for (; row < end; row += kTileRows) {
       const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
       if (rows != configured) configure(rows);
       configured = rows;

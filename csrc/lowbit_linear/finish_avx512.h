@@ -20,37 +20,34 @@ static inline __mmask16 valid_lanes(const TileTask& task, int j) {
   return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
 }
 
-template <int kBits, bool kUniformZero, bool kFirst, bool kLast>
+template <int kBits, int kTiles, bool kUniformZero, bool kFirst, bool kLast>
 static inline void finish_rows(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count,
                                const int32_t* sums, float* partial) {
   const float* scale = task.scale + group * 64;
   const int32_t* row_sums = task.row_sums + first_row * task.groups + group;
-  __mmask16 valid[4];
-  __m512 bias[4];
+  __mmask16 valid[kTiles];
+  __m512 bias[kTiles];
   if constexpr (kLast) {
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kTiles; ++j) {
       valid[j] = valid_lanes(task, j);
       bias[j] = task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid[j], task.bias + 16 * j);
     }
   }
 #pragma GCC unroll 1
   for (int64_t r = 0; r < row_count; ++r, sums += 64, partial += 64, row_sums += task.groups) {
-    __m512i s[4];
-    for (int j = 0; j < 4; ++j) s[j] = _mm512_load_si512(sums + 16 * j);
+    __m512i s[kTiles];
+    for (int j = 0; j < kTiles; ++j) s[j] = _mm512_load_si512(sums + 16 * j);
     if constexpr (kBits == 2) {
-      s[3] = _mm512_sub_epi32(s[3], s[2]);
-      s[2] = _mm512_sub_epi32(s[2], s[1]);
-      s[1] = _mm512_sub_epi32(s[1], s[0]);
+      for (int j = kTiles - 1; j > 0; --j) s[j] = _mm512_sub_epi32(s[j], s[j - 1]);
     } else if constexpr (kBits == 4) {
-      s[3] = _mm512_sub_epi32(s[3], s[2]);
-      s[1] = _mm512_sub_epi32(s[1], s[0]);
+      for (int j = 1; j < kTiles; j += 2) s[j] = _mm512_sub_epi32(s[j], s[j - 1]);
     }
     if constexpr (kUniformZero) {
       const __m512i zero = _mm512_set1_epi32(task.uniform_zero * *row_sums);
-      for (int j = 0; j < 4; ++j) s[j] = _mm512_sub_epi32(s[j], _mm512_slli_epi32(zero, nested_shift<kBits>(j)));
+      for (int j = 0; j < kTiles; ++j) s[j] = _mm512_sub_epi32(s[j], _mm512_slli_epi32(zero, nested_shift<kBits>(j)));
     }
-    __m512 out[4];
-    for (int j = 0; j < 4; ++j) {
+    __m512 out[kTiles];
+    for (int j = 0; j < kTiles; ++j) {
       out[j] = kFirst ? _mm512_setzero_ps() : _mm512_load_ps(partial + 16 * j);
       out[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[j]), _mm512_load_ps(scale + 16 * j), out[j]);
       if constexpr (!kUniformZero) {
@@ -61,14 +58,14 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
     if constexpr (kLast) {
       const __m512 row_scale = _mm512_set1_ps(task.row_scale[first_row + r]);
       float* y = task.y + (first_row + r) * task.ldy;
-      for (int j = 0; j < 4; ++j) out[j] = _mm512_fmadd_ps(out[j], row_scale, bias[j]);
+      for (int j = 0; j < kTiles; ++j) out[j] = _mm512_fmadd_ps(out[j], row_scale, bias[j]);
       if (task.stream_outputs && task.block_n_valid >= 64) {
-        for (int j = 0; j < 4; ++j) _mm512_stream_ps(y + 16 * j, out[j]);
+        for (int j = 0; j < kTiles; ++j) _mm512_stream_ps(y + 16 * j, out[j]);
       } else {
-        for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(y + 16 * j, valid[j], out[j]);
+        for (int j = 0; j < kTiles; ++j) _mm512_mask_storeu_ps(y + 16 * j, valid[j], out[j]);
       }
     } else {
-      for (int j = 0; j < 4; ++j) _mm512_store_ps(partial + 16 * j, out[j]);
+      for (int j = 0; j < kTiles; ++j) _mm512_store_ps(partial + 16 * j, out[j]);
     }
   }
 }
@@ -78,27 +75,28 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
 //            S0 + 16 S1, S2, S2 + 16 S3; for 8 bits S0 .. S3 (S_j: channels 16 j .. 16 j + 15)
 //   partial  [row_count][64] float outputs of the groups so far; read unless group is the first,
 //            written unless it is the last, when y is
-template <int kBits>
+// Only the first kTiles of the S_j and their channels are read and written.
+template <int kBits, int kTiles = 4>
 static inline void finish_group(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count,
                                 const int32_t* sums, float* partial) {
   const bool first = group == 0, last = group == task.groups - 1;
-  auto* finish = &finish_rows<kBits, true, false, false>;
+  auto* finish = &finish_rows<kBits, kTiles, true, false, false>;
   if (task.zero_scale == nullptr) {
     if (first && last)
-      finish = &finish_rows<kBits, true, true, true>;
+      finish = &finish_rows<kBits, kTiles, true, true, true>;
     else if (first)
-      finish = &finish_rows<kBits, true, true, false>;
+      finish = &finish_rows<kBits, kTiles, true, true, false>;
     else if (last)
-      finish = &finish_rows<kBits, true, false, true>;
+      finish = &finish_rows<kBits, kTiles, true, false, true>;
   } else {
     if (first && last)
-      finish = &finish_rows<kBits, false, true, true>;
+      finish = &finish_rows<kBits, kTiles, false, true, true>;
     else if (first)
-      finish = &finish_rows<kBits, false, true, false>;
+      finish = &finish_rows<kBits, kTiles, false, true, false>;
     else if (last)
-      finish = &finish_rows<kBits, false, false, true>;
+      finish = &finish_rows<kBits, kTiles, false, false, true>;
     else
-      finish = &finish_rows<kBits, false, false, false>;
+      finish = &finish_rows<kBits, kTiles, false, false, false>;
   }
   finish(task, group, first_row, row_count, sums, partial);
 }
