@@ -150,6 +150,23 @@ void point_at_rows(const Plan& plan, const Quantized& images, RowRange range, in
   });
 }
 
+// to[i] = sum over the entries of from[offset + i], sixteen at a time so that the sums stay in registers.
+void sum_boxes(const std::vector<SumEntry>& entries, const int32_t* from, int64_t count, int32_t* to) {
+  constexpr int64_t kAtOnce = 16;
+  int64_t i = 0;
+  for (; i + kAtOnce <= count; i += kAtOnce) {
+    int32_t sums[kAtOnce] = {};
+    for (const SumEntry& entry : entries) {
+      for (int64_t j = 0; j < kAtOnce; ++j) sums[j] += from[entry.offset + i + j];
+    }
+    std::memcpy(to + i, sums, sizeof sums);
+  }
+  for (; i < count; ++i) {
+    to[i] = 0;
+    for (const SumEntry& entry : entries) to[i] += from[entry.offset + i];
+  }
+}
+
 // sums [rows of the range][groups]: box sums of the slice sums.
 void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t channel_group, int32_t* sums) {
   const int64_t groups = plan.groups, slices = plan.slices();
@@ -159,14 +176,13 @@ void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t
   const int64_t step = plan.layout.run.stride_w * slices;
   for_each_stretch(plan, range, [&](int64_t image, int64_t pixel, int64_t count, int64_t at) {
     const int32_t* from = images.sums + (image * plan.padded_h * plan.padded_w + pixel) * slices + first_slice;
+    if (groups == 1 && step == 1) {  // the common case
+      sum_boxes(plan.entries, from, count, sums + at);
+      return;
+    }
     for (const SumEntry& entry : plan.entries) {
-      const int32_t* slice = from + entry.offset;
       int32_t* to = sums + at * groups + entry.group;
-      if (groups == 1 && step == 1) {  // the common case, in a form that compilers make vectors of
-        for (int64_t i = 0; i < count; ++i) to[i] += slice[i];
-      } else {
-        for (int64_t i = 0; i < count; ++i) to[i * groups] += slice[i * step];
-      }
+      for (int64_t i = 0; i < count; ++i) to[i * groups] += from[entry.offset + i * step];
     }
   });
 }
@@ -184,15 +200,15 @@ void copy_rows(const Plan& plan, int64_t row_count, int64_t stride, int8_t* copi
   }
 }
 
-// sums [row_count][groups] of copied rows.
-void sum_copies(const Plan& plan, const int8_t* const* rows, int64_t row_count, int32_t* sums) {
-  std::fill(sums, sums + row_count * plan.groups, 0);
-  if (!plan.wants_sums) return;
+// sums [row_count][groups] of copied rows; their pieces are the groups.
+void sum_copies(const Plan& plan, const int8_t* copies, int64_t row_count, int64_t stride, int32_t* sums) {
+  if (!plan.wants_sums) {
+    std::fill(sums, sums + row_count * plan.groups, 0);
+    return;
+  }
   const auto sum_slices = quantize_images_pick(plan.layout.isa).sum_slices;
-  for (int64_t r = 0; r < row_count; ++r) {
-    for (const KPiece& piece : plan.pieces) {
-      sum_slices(rows[r] + piece.k_begin, 1, piece.k_size, &sums[r * plan.groups + piece.group]);
-    }
+  for (const KPiece& piece : plan.pieces) {
+    sum_slices(copies + piece.row_offset, row_count, stride, piece.k_size, sums + piece.group, plan.groups);
   }
 }
 
@@ -275,8 +291,9 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
   if (plan.runs.empty()) {
     sum_rows(plan, images, range, channel_group, sums);
   } else {
-    copy_rows(plan, row_count, copy_stride, reinterpret_cast<int8_t*>(memory + copies_at), rows);
-    sum_copies(plan, rows, row_count, sums);
+    auto* copies = reinterpret_cast<int8_t*>(memory + copies_at);
+    copy_rows(plan, row_count, copy_stride, copies, rows);
+    sum_copies(plan, copies, row_count, copy_stride, sums);
   }
   const PackedView& view = plan.views[static_cast<size_t>(channel_group)];
   const int64_t first_channel = channel_group * view.n, blocks = ceil_div(view.n, view.kernel->block_n);

@@ -118,9 +118,9 @@ void quantize_row(const ImageRow& row) {
   }
 }
 
-void sum_slices(const int8_t* q, int64_t count, int64_t slice_size, int32_t* sums) {
+void sum_slices(const int8_t* q, int64_t count, int64_t stride, int64_t slice_size, int32_t* sums, int64_t sum_stride) {
   const __m128i ones8 = _mm_set1_epi8(1), ones16 = _mm_set1_epi16(1);
-  for (int64_t i = 0; i < count; ++i, q += slice_size) {
+  for (int64_t i = 0; i < count; ++i, q += stride) {
     __m128i sum = _mm_setzero_si128();
     int64_t c = 0;
     for (; c + 16 <= slice_size; c += 16) {
@@ -130,7 +130,7 @@ void sum_slices(const int8_t* q, int64_t count, int64_t slice_size, int32_t* sum
     sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
     int32_t total = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
     for (; c < slice_size; ++c) total += q[c];
-    sums[i] = total;
+    sums[i * sum_stride] = total;
   }
 }
 

@@ -129,26 +129,54 @@ void quantize_row(const ImageRow& row) {
   }
 }
 
-void sum_slices(const int8_t* q, int64_t count, int64_t slice_size, int32_t* sums) {
-  const __m512i ones8 = _mm512_set1_epi8(1), ones16 = _mm512_set1_epi16(1);
-  for (int64_t i = 0; i < count; ++i, q += slice_size) {
-    if (slice_size == 16) {
-      const __m128i pairs =
-          _mm_maddubs_epi16(_mm512_castsi512_si128(ones8), _mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-      __m128i sum = _mm_madd_epi16(pairs, _mm512_castsi512_si128(ones16));
-      sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-      sums[i] = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
-      continue;
-    }
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t c = 0; c < slice_size; c += 64) {
-      const int64_t rest = slice_size - c;
-      const __mmask64 bytes = rest >= 64 ? ~__mmask64{0} : (__mmask64{1} << rest) - 1;
-      const __m512i pairs = _mm512_maddubs_epi16(ones8, _mm512_maskz_loadu_epi8(bytes, q + c));
-      sum = _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, ones16));
-    }
-    sums[i] = _mm512_reduce_add_epi32(sum);
+// Sums of four bytes each.
+__m512i sum_quads(const int8_t* q, __mmask64 bytes) {
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), _mm512_maskz_loadu_epi8(bytes, q));
+  return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+
+__m512i sum_slice(const int8_t* q, int64_t slice_size) {
+  __m512i sum = _mm512_setzero_si512();
+  for (; slice_size >= 64; slice_size -= 64, q += 64) sum = _mm512_add_epi32(sum, sum_quads(q, ~__mmask64{0}));
+  if (slice_size > 0) sum = _mm512_add_epi32(sum, sum_quads(q, (__mmask64{1} << slice_size) - 1));
+  return sum;
+}
+
+// Dword j of each 128-bit lane: the sum of that lane of a, b, c or d.
+__m512i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+// The sums of a, b, c and d.
+__m128i reduce_four(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i lanes = sum_lanes(a, b, c, d);
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// Sixteen slices of sixteen bytes that follow one another.
+__m512i sum_sixteen_slices(const int8_t* q) {
+  const __mmask64 all = ~__mmask64{0};
+  const __m512i lanes =
+      sum_lanes(sum_quads(q, all), sum_quads(q + 64, all), sum_quads(q + 128, all), sum_quads(q + 192, all));
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), lanes);
+}
+
+void sum_slices(const int8_t* q, int64_t count, int64_t stride, int64_t slice_size, int32_t* sums, int64_t sum_stride) {
+  int64_t i = 0;
+  if (slice_size == 16 && stride == 16 && sum_stride == 1) {
+    for (; i + 16 <= count; i += 16, q += 256) _mm512_storeu_si512(sums + i, sum_sixteen_slices(q));
   }
+  for (; i + 4 <= count; i += 4, q += 4 * stride) {
+    alignas(16) int32_t four[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(four),
+                    reduce_four(sum_slice(q, slice_size), sum_slice(q + stride, slice_size),
+                                sum_slice(q + 2 * stride, slice_size), sum_slice(q + 3 * stride, slice_size)));
+    for (int64_t j = 0; j < 4; ++j) sums[(i + j) * sum_stride] = four[j];
+  }
+  for (; i < count; ++i, q += stride) sums[i * sum_stride] = _mm512_reduce_add_epi32(sum_slice(q, slice_size));
 }
 
 constexpr QuantizeImagesKernel kernel = {Isa::avx512, absmax_bits, quantize_row, sum_slices};

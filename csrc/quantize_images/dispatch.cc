@@ -84,7 +84,8 @@ void quantize_padded_row(const QuantizeImagesKernel& kernel, const QuantizeImage
   row.to_code = to_code;
   row.q = q + a.pad_left * a.channels;
   kernel.quantize_row(row);
-  if (sums != nullptr) kernel.sum_slices(row.q, a.width * slices, a.slice_size, sums + a.pad_left * slices);
+  if (sums != nullptr)
+    kernel.sum_slices(row.q, a.width * slices, a.slice_size, a.slice_size, sums + a.pad_left * slices, 1);
 }
 
 }  // namespace

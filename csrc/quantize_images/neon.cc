@@ -101,14 +101,14 @@ void quantize_row(const ImageRow& row) {
   }
 }
 
-void sum_slices(const int8_t* q, int64_t count, int64_t slice_size, int32_t* sums) {
-  for (int64_t i = 0; i < count; ++i, q += slice_size) {
+void sum_slices(const int8_t* q, int64_t count, int64_t stride, int64_t slice_size, int32_t* sums, int64_t sum_stride) {
+  for (int64_t i = 0; i < count; ++i, q += stride) {
     int32x4_t sum = vdupq_n_s32(0);
     int64_t c = 0;
     for (; c + 16 <= slice_size; c += 16) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(q + c)));
     int32_t total = vaddvq_s32(sum);
     for (; c < slice_size; ++c) total += q[c];
-    sums[i] = total;
+    sums[i * sum_stride] = total;
   }
 }
 

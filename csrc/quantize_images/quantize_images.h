@@ -42,8 +42,9 @@ struct QuantizeImagesKernel {
   // The largest bit pattern of |x[0 .. count)|: 0x7f800000 and above means infinity or NaN.
   uint32_t (*absmax_bits)(const float* x, int64_t count);
   void (*quantize_row)(const ImageRow& row);
-  // sums[i] = q[i * slice_size] + .. + q[(i + 1) * slice_size - 1] for i < count
-  void (*sum_slices)(const int8_t* q, int64_t count, int64_t slice_size, int32_t* sums);
+  // sums[i * sum_stride] = q[i * stride] + .. + q[i * stride + slice_size - 1] for i < count
+  void (*sum_slices)(const int8_t* q, int64_t count, int64_t stride, int64_t slice_size, int32_t* sums,
+                     int64_t sum_stride);
 };
 
 const QuantizeImagesKernel* quantize_images_reference();

@@ -27,11 +27,11 @@ void quantize_row(const ImageRow& row) {
   }
 }
 
-void sum_slices(const int8_t* q, int64_t count, int64_t slice_size, int32_t* sums) {
+void sum_slices(const int8_t* q, int64_t count, int64_t stride, int64_t slice_size, int32_t* sums, int64_t sum_stride) {
   for (int64_t i = 0; i < count; ++i) {
     int32_t sum = 0;
-    for (int64_t c = 0; c < slice_size; ++c) sum += q[i * slice_size + c];
-    sums[i] = sum;
+    for (int64_t c = 0; c < slice_size; ++c) sum += q[i * stride + c];
+    sums[i * sum_stride] = sum;
   }
 }
 
