@@ -7,6 +7,8 @@ tested once. A finished run is a line of DIR/runs.jsonl and is not run again, so
 
     python bench/bench_hero.py --results DIR [--tasks digits fashion cifar] [--finished-only]
 
+Prints a table a task and draws DIR/TASK.png, accuracy against bits.
+
 Fashion-MNIST and CIFAR-10 are read from the folder in BANTAMWEIGHT_DATA (fashion_mnist.npz, cifar10.npz).
 """
 
@@ -254,7 +256,10 @@ def choose(runs: Runs, name: str, data: Data, noise: float, optimizer: str) -> d
     return max(candidates, key=score)
 
 
-def final_runs(runs: Runs, name: str) -> Iterator[tuple[float, str, dict[str, Any], list[dict[str, Any]]]]:
+Row = tuple[float, str, dict[str, Any], list[dict[str, Any]]]  # noise, optimizer, its choice, a record a seed
+
+
+def final_runs(runs: Runs, name: str) -> Iterator[Row]:
     task, data = TASKS[name], TASKS[name].load()
     for noise in task.noises:
         for optimizer in task.candidates:
@@ -276,12 +281,34 @@ def spread(records: list[dict[str, Any]], key: str, scale: float = 100.0) -> str
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
-def table(name: str, runs: Runs) -> str:
+def plot(name: str, rows: list[Row], path: Path) -> None:
+    """Accuracy against bits, a panel for every noise: rounding to nearest, one step a layer."""
+    from matplotlib.figure import Figure
+
+    noises = sorted({noise for noise, *_ in rows})
+    figure = Figure(figsize=(4.2 * len(noises), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(noises), squeeze=False)[0]
+    keys = ["float", *(f"tensor{b}" for b in BITS)]
+    for panel, noise in zip(panels, noises, strict=True):
+        for at, optimizer, _, records in rows:
+            if at == noise:
+                values = np.array([[100 * r[key] for key in keys] for r in records])
+                spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(keys))
+                panel.errorbar(range(len(keys)), values.mean(0), spread, marker="o", capsize=3, label=optimizer.upper())
+        panel.set_xticks(range(len(keys)), ["float", *(f"W{b}" for b in BITS)])
+        panel.set_title(f"{name}, {noise:.0%} of the labels wrong" if noise else name)
+        panel.set_ylabel("test accuracy, %")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+def table(rows: list[Row]) -> str:
     columns = {"float": "float", "tensor4": "W4 tensor", "tensor3": "W3 tensor"}
     columns |= {f"channel{b}": f"W{b} channel" for b in (4, 3, 2)} | {f"gpfq{b}": f"W{b} GPFQ" for b in BITS}
     lines = [f"| noise | optimizer | chosen | {' | '.join(columns.values())} | lambda_max | seeds |"]
     lines.append("|" + "---|" * (len(columns) + 5))
-    for noise, optimizer, candidate, records in final_runs(runs, name):
+    for noise, optimizer, candidate, records in sorted(rows, key=lambda row: row[0]):
         cells = [spread(records, key) for key in columns]
         chosen = ", ".join(f"{k} {v:g}" for k, v in candidate.items())
         row = [f"{noise:.0%}", optimizer.upper(), chosen, *cells, spread(records, "lambda_max", 1.0), str(len(records))]
@@ -298,8 +325,10 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = Runs(args.results, compute=not args.finished_only)
     for name in args.tasks:
-        body = table(name, runs)
-        print(f"\n### {name} ({platform.machine()}, torch {torch.__version__}, 1 thread)\n\n{body}")
+        rows = list(final_runs(runs, name))
+        print(f"\n### {name} ({platform.machine()}, torch {torch.__version__}, 1 thread)\n\n{table(rows)}")
+        if rows:
+            plot(name, rows, args.results / f"{name}.png")
 
 
 if __name__ == "__main__":
