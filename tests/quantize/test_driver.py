@@ -202,6 +202,7 @@ def test_layers_never_reached_and_layers_shared():
 
     quantized = quantize(Odd(), FAST, calibration=torch.randn(30, 6))
     assert [layer.name for layer in quantized.quantization.layers] == ["used"]
+    assert "called 2 times, calibrated on the first" in quantized.quantization.layers[0].notes
     assert [(layer.name, layer.reason) for layer in quantized.quantization.skipped] == [
         ("spare", "the calibration data never reaches it")
     ]

@@ -195,7 +195,7 @@ class _Run:
         replay(self.analog, self.quantized, self.batches, layers, self.visit)
         return "replay" if graph is None else "graph, then replay"
 
-    def visit(self, name: str, streams: Iterable[Streams], rows: int) -> None:
+    def visit(self, name: str, streams: Iterable[Streams], rows: int, calls: int) -> None:
         """Quantizes a layer, or reads it back, and puts it in place."""
         started = time.perf_counter()
         layer, config = self.selection.layers[name], self.selection.configs[name]
@@ -218,7 +218,7 @@ class _Run:
             levels=weight.levels,
             group_size=weight.group_size if weight.n_groups > 1 else None,
             error=result.error,
-            notes=result.notes,
+            notes=(*result.notes, f"called {calls} times, calibrated on the first") if calls > 1 else result.notes,
             seconds=0.0 if restored else time.perf_counter() - started,
         )
         self.bar.update()

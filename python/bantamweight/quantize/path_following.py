@@ -40,14 +40,12 @@ class Rounding:
         seed: of the stochastic draws.
         shrink: ``"l1"`` shrinks arguments by `threshold` steps before rounding, ``"l0"`` sets those within it to zero.
         threshold: in steps.
-        kernel: the name of a kernel variant as a ceiling; "" for the best of this CPU.
     """
 
     stochastic: bool = False
     seed: int = 0
     shrink: str | None = None
     threshold: float = 0.0
-    kernel: str = ""
 
 
 NEAREST = Rounding()
@@ -279,7 +277,7 @@ class _Panels:
         if panel.dtype == torch.float64:
             status = _C.gpfq_panel_f64(*arguments)
         else:
-            status = _C.gpfq_panel_f32(*arguments, rounding.kernel)
+            status = _C.gpfq_panel_f32(*arguments, "")
         if status != 0:
             raise KernelError(f"gpfq: {_C.status_message(status)} (panel {list(panel.shape)}, {self.levels} levels)")
         if own is not codes:

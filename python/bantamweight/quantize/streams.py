@@ -5,6 +5,7 @@ networks alive until their last use: each layer is run once, O(L) for L layers. 
 layer it runs both networks from the start up to that layer, O(L^2), and keeps one batch alive at a time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.fx.node import map_arg
 from ..errors import CalibrationError
 from .calibrate import Batch, Streams, TargetLayer, input_rows, tensors_in
 
-# Called for a layer with its name, its inputs and how many rows they hold; puts the quantized layer in place.
-Visit = Callable[[str, Iterable[Streams], int], None]
+# Called for a layer with its name, its inputs (at its first call in a pass), how many rows they hold, and how often a
+# pass calls it; puts the quantized layer in place.
+Visit = Callable[[str, Iterable[Streams], int, int], None]
 
 
 class TooMuchMemoryError(Exception):
@@ -69,6 +71,7 @@ def walk_graph(
     """
     order = list(graph.nodes)
     left = {str(node.target) for node in order if node.op == "call_module"} & set(layers)
+    calls = Counter(str(node.target) for node in order if node.op == "call_module")
     last_use = {used: node for node in order for used in node.all_input_nodes}
     # Per node and stream the values of all batches; one list serves both streams where they do not differ.
     alive: dict[fx.Node, tuple[list[Any], list[Any]]] = {}
@@ -85,7 +88,7 @@ def walk_graph(
             if node.op == "call_module" and name in left:
                 streams = _streams_at(node, alive, batches)
                 rows = sum(input_rows(layers[name], x.shape) for x, _, _ in streams)
-                visit(name, streams, rows)
+                visit(name, streams, rows, calls[name])
                 left.discard(name)
                 changed.add(name)
                 if not left:
@@ -111,9 +114,11 @@ def replay(
 ) -> None:
     """Visits the layers in the order in which the analog network first calls them."""
     rows: dict[str, int] = {}
+    calls: Counter[str] = Counter()
 
     def count(name: str, layer: TargetLayer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[name] += 1
             if name not in seen:
                 seen.add(name)
                 rows[name] = rows.get(name, 0) + input_rows(layer, _first_input(args, kwargs).shape)
@@ -130,7 +135,7 @@ def replay(
             handle.remove()
 
     for name, total in rows.items():
-        visit(name, _replayed(name, analog, quantized, batches), total)
+        visit(name, _replayed(name, analog, quantized, batches), total, -(-calls[name] // len(batches)))
 
 
 def _replayed(name: str, analog: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> Iterator[Streams]:
