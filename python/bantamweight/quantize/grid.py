@@ -5,6 +5,7 @@ quantile r of the weights is ``C r / half``, with half = (levels - 1) / 2 codes 
 alphabet {-K .. K} that is the papers' ``delta = C r / K``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,17 +124,22 @@ def weight_range(weight: Tensor, *, granularity: str, group_size: int, percentil
     return ranges
 
 
-def candidate_grid(ranges: Tensor, chosen: Alphabet, factors: Tensor, group_size: int) -> Grid:
+def candidate_grid(
+    ranges: Tensor, chosen: Alphabet, factors: Sequence[float] | Tensor, zeros: Sequence[float] | None, group_size: int
+) -> Grid:
     """All candidates side by side: candidate s of neuron n is column ``s * columns + n``.
 
     Args:
         ranges: [problems, groups, columns] as `weight_range` gives them.
-        factors: [count, problems, 1, columns], the values of C that each neuron tries, with each zero point of the
-            alphabet; candidate ``z * count + f`` is factor f with zero point z.
+        factors: the values of C to try, or a tensor [candidates, problems, 1, columns] with each neuron's own.
+        zeros: the zero points to try with each of them; None for the alphabet's.
     """
+    if not isinstance(factors, Tensor):
+        factors = torch.tensor(list(factors), dtype=ranges.dtype, device=ranges.device).reshape(-1, 1, 1, 1)
+    zeros = chosen.zeros if zeros is None else zeros
     scale = (factors * (ranges / chosen.half)).clamp_min(_SMALLEST_STEP)  # [candidates, problems, groups, columns]
-    scales = torch.cat([scale] * len(chosen.zeros))
-    shifts = torch.cat([torch.full_like(scale, zero) for zero in chosen.zeros])
+    scales = torch.cat([scale] * len(zeros))
+    shifts = torch.cat([torch.full_like(scale, zero) for zero in zeros])
     return Grid(scale=_columns(scales), zero=_columns(shifts), levels=chosen.levels, group_size=group_size)
 
 

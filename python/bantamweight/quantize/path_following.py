@@ -274,10 +274,8 @@ class _Panels:
             rounding.seed & 0xFFFFFFFF,
             first_row,
         )
-        if panel.dtype == torch.float64:
-            status = _C.gpfq_panel_f64(*arguments)
-        else:
-            status = _C.gpfq_panel_f32(*arguments, "")
+        double = panel.dtype == torch.float64
+        status = _C.gpfq_panel_f64(*arguments) if double else _C.gpfq_panel_f32(*arguments, "")
         if status != 0:
             raise KernelError(f"gpfq: {_C.status_message(status)} (panel {list(panel.shape)}, {self.levels} levels)")
         if own is not codes:
