@@ -5,6 +5,10 @@
 #include <cstring>
 
 #include "quantize_images/quantize_images.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "runtime/variants.h"
 
 namespace bantamweight {
@@ -18,6 +22,14 @@ const VariantList<QuantizeImagesKernel>& variants() {
 
 // Below this many floats a second thread costs more than it saves.
 constexpr int64_t kFloatsPerThread = 65536;
+
+int64_t team_size() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
 
 // An image as nested loops, innermost first, with loops that follow one another in memory merged.
 struct Runs {
@@ -129,8 +141,14 @@ Status quantize_images(const QuantizeImagesArgs& args, Isa ceiling) {
     // A maximum so small that 127 / max overflows is as good as zero.
     const bool zero_image = !std::isfinite(127.0f / max);
     const float to_code = zero_image ? 0.0f : 127.0f / max;
+    // Each thread goes back over the rows it has just seen, last first: those are still in its L2.
+    const int64_t parts = team_size();
 #pragma omp for schedule(static)
-    for (int64_t y = 0; y < height; ++y) quantize_padded_row(kernel, args, image, y, to_code);
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t y = height * (part + 1) / parts; y-- > height * part / parts;) {
+        quantize_padded_row(kernel, args, image, y, to_code);
+      }
+    }
 #pragma omp single
     args.scale[image] = zero_image ? 0.0f : max / 127.0f;
   }
