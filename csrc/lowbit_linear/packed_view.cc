@@ -187,7 +187,7 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
   // two, so that one which was preempted holds the others up little.
   constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10;
-  constexpr int64_t kMinMacs = 1 << 17, kMaxMacs = 1 << 24;
+  constexpr int64_t kMinMacs = 1 << 17, kMaxMacs = 1 << 28;
   // Below this, about 2 us of work, waking a second thread costs as much as it saves.
   constexpr int64_t kMinParallelMacs = 1 << 19;
   const int64_t block_n = view.kernel->block_n, blocks = blocks_of(*view.kernel, view.n);
