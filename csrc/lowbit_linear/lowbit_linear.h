@@ -1,6 +1,7 @@
 // Packed low-bit weights times int8 activations: the workhorse.
 //
-//   y[m, n] = bias[n] + a_scale[m] * sum_g scale[n, g] * (sum_{k in g} codes[n, k] * a[m, k] - zero[n, g] * sum_{k in g} a[m, k])
+//   y[m, n] = bias[n] + a_scale[m] * sum_g scale[n, g] * (sum_{k in g} codes[n, k] * a[m, k] - zero[n, g] * sum_{k in
+//   g} a[m, k])
 //
 // `a` is the activation row rounded to int8 against its own absolute maximum (see
 // quantize_activations.h). The integer sums are exact on every variant; the float steps are
@@ -53,7 +54,7 @@ Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* sh
 
 // y = x W^T + bias with x quantized to int8 on the way in. Threads: OpenMP's current setting.
 Status linear_forward(const void* layout, int64_t layout_bytes,
-                      const float* x,     // [m, k], rows ldx floats apart
+                      const float* x,  // [m, k], rows ldx floats apart
                       int64_t ldx, int64_t m,
                       const float* bias,  // [n] or null
                       float* y,           // out [m, n], rows ldy floats apart
@@ -77,22 +78,22 @@ constexpr int64_t kMaxGroupK = 65536;
 
 // One task: every row of `rows` against one block of `block_n` channels.
 struct TileTask {
-  const uint8_t* weight;         // the block's codes, pieces in order, this kernel's layout
-  const float* scale;            // [groups][block_n], already divided by what the layout multiplies by
-  const float* zero_scale;       // [groups][block_n] scale * zero (undivided); null if the zero is uniform
-  int32_t uniform_zero;          // the integer zero of every channel and group when zero_scale is null
-  const KPiece* pieces;          // [piece_count]
+  const uint8_t* weight;    // the block's codes, pieces in order, this kernel's layout
+  const float* scale;       // [groups][block_n], already divided by what the layout multiplies by
+  const float* zero_scale;  // [groups][block_n] scale * zero (undivided); null if the zero is uniform
+  int32_t uniform_zero;     // the integer zero of every channel and group when zero_scale is null
+  const KPiece* pieces;     // [piece_count]
   int64_t piece_count;
   int64_t groups;
-  const int8_t* const* rows;     // [row_count]; readable 64 bytes past the last piece
-  const float* row_scale;        // [row_count]
-  const int32_t* row_sums;       // [row_count][groups] sums of the activations of each group
+  const int8_t* const* rows;  // [row_count]; readable 64 bytes past the last piece
+  const float* row_scale;     // [row_count]
+  const int32_t* row_sums;    // [row_count][groups] sums of the activations of each group
   int64_t row_count;
-  const float* bias;             // [block_n_valid] or null
-  float* y;                      // out: row r at y + r * ldy
+  const float* bias;  // [block_n_valid] or null
+  float* y;           // out: row r at y + r * ldy
   int64_t ldy;
-  int64_t block_n_valid;         // channels to write, <= block_n
-  bool stream_outputs = false;   // a variant may set it to write past the caches
+  int64_t block_n_valid;        // channels to write, <= block_n
+  bool stream_outputs = false;  // a variant may set it to write past the caches
 };
 
 struct LinearKernel {
@@ -110,8 +111,8 @@ struct LinearKernel {
   void (*run)(int bits, const TileTask& task);
   // Optional: `block_count` blocks in a row, `block_bytes` apart, of which `task` is the first and
   // `channels` the number from there on. A variant that can overlap one block with the next has it.
-  void (*run_blocks)(int bits, const TileTask& task, int64_t block_count, int64_t block_bytes, int64_t channels) =
-      nullptr;
+  void (*run_blocks)(int bits, const TileTask& task, int64_t block_count, int64_t block_bytes,
+                     int64_t channels) = nullptr;
 };
 
 // Null if this build has no such variant.
@@ -133,10 +134,10 @@ struct PackedView {
   int64_t n = 0, groups = 0, piece_count = 0;
   int64_t block_bytes = 0;
   const KPiece* pieces = nullptr;
-  const uint8_t* blocks = nullptr;     // [ceil(n / block_n)] blocks, 64-byte aligned
-  const float* scale = nullptr;        // [blocks][groups][block_n]
-  const float* zero_scale = nullptr;   // the same shape, or null when every zero is uniform_zero
-  const float* zero = nullptr;         // [n, groups] as they came
+  const uint8_t* blocks = nullptr;    // [ceil(n / block_n)] blocks, 64-byte aligned
+  const float* scale = nullptr;       // [blocks][groups][block_n]
+  const float* zero_scale = nullptr;  // the same shape, or null when every zero is uniform_zero
+  const float* zero = nullptr;        // [n, groups] as they came
   int32_t uniform_zero = 0;
 };
 
@@ -152,8 +153,8 @@ Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t 
 void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero);
 
 // Every row against every channel, in chunks shared out over OpenMP's threads.
-void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
-                     const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy);
+void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
+                     int64_t row_count, const float* bias, float* y, int64_t ldy);
 
 // The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias and y
 // are those of channel 0.

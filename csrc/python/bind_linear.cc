@@ -29,20 +29,21 @@ void bind_linear(py::module_& module) {
     const bw::Isa* isas = bw::quantize_rows_variants(&count);
     return variant_table(isas, count);
   });
-  module.def("linear_select", [](const char* ceiling) { return bw::isa_name(bw::linear_select(isa_or_raise(ceiling))); },
-             py::arg("ceiling") = "");
+  module.def(
+      "linear_select", [](const char* ceiling) { return bw::isa_name(bw::linear_select(isa_or_raise(ceiling))); },
+      py::arg("ceiling") = "");
   module.def("linear_layout_bytes", [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa) {
     return bw::linear_layout_bytes(shape_of(n, k, bits, group_size), isa_or_raise(isa));
   });
-  module.def("linear_pack", [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa,
-                               std::uintptr_t codes, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t layout,
-                               int64_t layout_bytes) {
-    const bw::Isa target = isa_or_raise(isa);
-    py::gil_scoped_release unlocked;
-    return static_cast<int>(bw::linear_pack(shape_of(n, k, bits, group_size), target, as_pointer<uint8_t>(codes),
-                                            as_pointer<float>(scale), as_pointer<float>(zero),
-                                            as_pointer<void>(layout), layout_bytes));
-  });
+  module.def(
+      "linear_pack", [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, std::uintptr_t codes,
+                        std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t layout, int64_t layout_bytes) {
+        const bw::Isa target = isa_or_raise(isa);
+        py::gil_scoped_release unlocked;
+        return static_cast<int>(bw::linear_pack(shape_of(n, k, bits, group_size), target, as_pointer<uint8_t>(codes),
+                                                as_pointer<float>(scale), as_pointer<float>(zero),
+                                                as_pointer<void>(layout), layout_bytes));
+      });
   module.def("linear_unpack", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t codes,
                                  std::uintptr_t scale, std::uintptr_t zero) {
     return static_cast<int>(bw::linear_unpack(as_pointer<void>(layout), layout_bytes, as_pointer<uint8_t>(codes),
@@ -58,8 +59,8 @@ void bind_linear(py::module_& module) {
                               bw::isa_name(isa));
       },
       "(status, n, k, bits, group_size, kernel) of a packed buffer");
-  module.def("linear_forward", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t x, int64_t ldx,
-                                  int64_t m, std::uintptr_t bias, std::uintptr_t y, int64_t ldy) {
+  module.def("linear_forward", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t x, int64_t ldx, int64_t m,
+                                  std::uintptr_t bias, std::uintptr_t y, int64_t ldy) {
     py::gil_scoped_release unlocked;
     return static_cast<int>(bw::linear_forward(as_pointer<void>(layout), layout_bytes, as_pointer<float>(x), ldx, m,
                                                as_pointer<float>(bias), as_pointer<float>(y), ldy));

@@ -27,8 +27,10 @@ py::list variant_table(const bw::Isa* isas, std::size_t count) {
 
 void bind_runtime(py::module_& module) {
   module.def("status_message", [](int code) { return bw::status_message(static_cast<bw::Status>(code)); });
-  module.def("isa_table", [] { return variant_table(bw::kAllIsas, sizeof bw::kAllIsas / sizeof bw::kAllIsas[0]); },
-             "[(name, what is missing or '')] over every instruction set, best first");
-  module.def("isa_ceiling", [] { return bw::isa_name(isa_or_raise("")); },
-             "The instruction set that kernels may use now: BANTAMWEIGHT_FORCE_KERNEL or the best of this CPU");
+  module.def(
+      "isa_table", [] { return variant_table(bw::kAllIsas, sizeof bw::kAllIsas / sizeof bw::kAllIsas[0]); },
+      "[(name, what is missing or '')] over every instruction set, best first");
+  module.def(
+      "isa_ceiling", [] { return bw::isa_name(isa_or_raise("")); },
+      "The instruction set that kernels may use now: BANTAMWEIGHT_FORCE_KERNEL or the best of this CPU");
 }

@@ -19,7 +19,7 @@ constexpr int64_t kRowAlign = 64;
 inline int64_t padded_row_bytes(int64_t k) { return (k + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
 struct QuantizeRowsArgs {
-  const float* x;      // [m, k], rows ldx floats apart
+  const float* x;  // [m, k], rows ldx floats apart
   int64_t ldx;
   int64_t m, k;
   int64_t group_size;  // k per sum; groups = ceil(k / group_size)

@@ -73,8 +73,8 @@ Features detect() {
   Features f;
   f.neon = true;
 #if defined(__linux__)
-  f.neon_dotprod = (getauxval(AT_HWCAP) >> 20) & 1;                      // HWCAP_ASIMDDP
-  f.neon_i8mm = f.neon_dotprod && ((getauxval(AT_HWCAP2) >> 13) & 1);    // HWCAP2_I8MM
+  f.neon_dotprod = (getauxval(AT_HWCAP) >> 20) & 1;                    // HWCAP_ASIMDDP
+  f.neon_i8mm = f.neon_dotprod && ((getauxval(AT_HWCAP2) >> 13) & 1);  // HWCAP2_I8MM
 #endif
   return f;
 }

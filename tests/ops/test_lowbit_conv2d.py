@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from bantamweight import _C, QuantizedWeight
+from bantamweight.errors import BantamweightError, KernelError
+from bantamweight.ops.lowbit_conv2d import describe_conv2d, lowbit_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
+from bantamweight.weights import conv_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-
-from bantamweight import QuantizedWeight, _C
-from bantamweight.errors import BantamweightError, KernelError
-from bantamweight.ops.lowbit_conv2d import describe_conv2d, lowbit_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
-from bantamweight.weights import conv_weight
 
 DENSE = [name for name, missing in _C.linear_variants() if not missing]
 DEPTHWISE = [name for name, missing in _C.depthwise_variants() if not missing]
