@@ -1,4 +1,4 @@
-"""The `bantamweight` command: `bantamweight compress | evaluate | info | bench | train`."""
+"""The `bantamweight` command: `bantamweight compress | evaluate | info | bench | train | sensitivity`."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from ..errors import BantamweightError
 
 METHODS = ("gpfq", "nearest")
 BITS = ("ternary", "2", "3", "4", "8")
+METRICS = ("lambda_max", "trace", "ggn", "omega")
 OPTIMIZERS = ("sgd", "sam", "asam", "hero")
 
 
@@ -26,13 +27,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="bantamweight", description="Make trained PyTorch networks small and run them fast.")
     parser.add_argument("--version", action="version", version=f"bantamweight {_version()}")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="compress | evaluate | info | bench | train"
+        dest="command", required=True, metavar="compress | evaluate | info | bench | train | sensitivity"
     )
     _add_compress(commands)
     _add_evaluate(commands)
     _add_info(commands)
     _add_bench(commands)
     _add_train(commands)
+    _add_sensitivity(commands)
     return parser.parse_args(argv)
 
 
@@ -145,6 +147,38 @@ def _add_train(commands) -> None:
     out.add_argument("--out", type=Path, default=Path("out"), help="folder for report.json, report.html and runs/ "
                      "(default out)")  # fmt: skip
     out.add_argument("--resume", action="store_true", help="keep the finished runs of a stopped run into --out")
+    _add_machine(parser)
+
+
+def _add_sensitivity(commands) -> None:
+    parser = commands.add_parser(
+        "sensitivity",
+        help="which layers mind rounding most, and the bits that fit a budget",
+        description="Measure the curvature of the loss along every layer's weights, print a table and write a report; "
+        "with a budget, also find the bit width of every layer. Without --model it does so on the embedded example, "
+        "scikit-learn's digits.",
+    )
+    own = parser.add_argument_group("your network (give all three, or none for the embedded example)")
+    own.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns an nn.Module")
+    own.add_argument("--weights", type=Path, metavar="FILE", help="its trained state dict, a safetensors file")
+    own.add_argument("--data", type=Path, metavar="FILE", help="npz with inputs x [n, ...] and labels y [n]")
+    _add_preprocessing(own)
+    how = parser.add_argument_group("how")
+    how.add_argument("--metric", choices=METRICS, default="lambda_max",
+                     help="top eigenvalue (default), trace, one-pass Gauss-Newton, or Q-BERT's Omega")  # fmt: skip
+    how.add_argument("--per", choices=("layer", "block"), default="layer", help="layers (default) or blocks of them")
+    how.add_argument("--subsets", type=_positive, default=10, help="random subsets of the data (default 10)")
+    how.add_argument("--fraction", type=_fraction, default=0.1, help="part of the data in each subset (default 0.1)")
+    how.add_argument("--batch-size", type=_positive, default=128, help="inputs a batch (default 128)")
+    how.add_argument("--group-size", type=_positive, metavar="K", help="one step for every K inputs of a neuron")
+    how.add_argument("--ignore", action="append", default=[], metavar="LAYER",
+                     help="leave this layer out (a regular expression; may be repeated)")  # fmt: skip
+    budget = parser.add_argument_group("budget (both hold if both are given)")
+    budget.add_argument("--average-bits", type=float, metavar="B", help="mean bits a weight, such as 3.5")
+    budget.add_argument("--max-bytes", type=_positive, metavar="N", help="bytes of all weights on disk")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", type=Path, default=Path("out"), help="folder for sensitivity.json, plan.json and "
+                     "report.html (default out)")  # fmt: skip
     _add_machine(parser)
 
 

@@ -22,6 +22,7 @@ from bantamweight.curvature.lanczos import SymmetricMatrix
 from bantamweight.curvature.result import Conditions, Result
 from bantamweight.curvature.trace import rademacher
 from bantamweight.curvature.vectors import Basis
+from bantamweight.errors import BantamweightError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,9 +107,11 @@ def density_of(
 ) -> SpectralDensity:
     """`spectral_density` of any symmetric matrix."""
     if probes < 1 or steps < 1 or points < 2:
-        raise ValueError(f"probes ({probes}) and steps ({steps}) must be at least 1 and points ({points}) at least 2")
+        raise BantamweightError(
+            f"probes ({probes}) and steps ({steps}) must be at least 1 and points ({points}) at least 2"
+        )
     if width is not None and width <= 0:
-        raise ValueError(f"width is {width}, but a standard deviation must be above 0")
+        raise BantamweightError(f"width is {width}, but a standard deviation must be above 0")
     generator = torch.Generator().manual_seed(seed)
     nodes, weights, products = [], [], 0
     steps = min(steps, matrix.size)

@@ -14,6 +14,7 @@ from bantamweight.curvature.hvp import Hessian, LossFunction
 from bantamweight.curvature.lanczos import lanczos
 from bantamweight.curvature.power import power_iteration
 from bantamweight.curvature.result import Conditions, Result
+from bantamweight.errors import BantamweightError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,11 +140,11 @@ def eigenvalues_of(
         )
     elif method == "power":
         if which != "largest_magnitude":
-            raise ValueError(f"power iteration finds the largest magnitude, not {which!r}; use method='lanczos'")
+            raise BantamweightError(f"power iteration finds the largest magnitude, not {which!r}; use method='lanczos'")
         steps = 100 if max_products is None else max(1, max_products // k)
         pairs = power_iteration(hessian, k=k, tol=tol, max_steps=steps, start=vectors, seed=seed, progress=progress)
     else:
-        raise ValueError(f"method is {method!r}, but must be 'lanczos' or 'power'")
+        raise BantamweightError(f"method is {method!r}, but must be 'lanczos' or 'power'")
     return Eigenvalues(
         values=pairs.values,
         residuals=pairs.residuals,

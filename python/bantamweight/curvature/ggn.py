@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bantamweight.curvature.hvp import Batch, LossFunction, as_batches, evaluation, free_memory
 from bantamweight.curvature.lanczos import DenseMatrix, lanczos
 from bantamweight.curvature.result import Conditions, Result
-from bantamweight.errors import CalibrationError, UnsupportedLayerError
+from bantamweight.errors import BantamweightError, CalibrationError, UnsupportedLayerError
 
 MOST_ROWS = 8192
 
@@ -101,18 +101,18 @@ def gauss_newton_eigenvalues(
         4.0
     """
     if not 0 <= rank_tol < 1:
-        raise ValueError(f"rank_tol is {rank_tol}, but must be at least 0 and below 1")
+        raise BantamweightError(f"rank_tol is {rank_tol}, but must be at least 0 and below 1")
     layers = weight_layers(model)
     if blocks is None:
         blocks = {name: [name] for name in layers}
     wanted = list(dict.fromkeys(layer for names in blocks.values() for layer in names))
     if unknown := [name for name in wanted if name not in layers]:
-        raise ValueError(
+        raise BantamweightError(
             f"{unknown[0]!r} is no linear or convolution layer of the model; there are {', '.join(layers)}"
         )
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("no parameter of the model requires grad; call model.requires_grad_(True) first")
+        raise BantamweightError("no parameter of the model requires grad; call model.requires_grad_(True) first")
     device = parameters[0].device
     batches = as_batches(data, device)
     samples = sum(batch.samples for batch in batches)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from bantamweight.curvature.result import Conditions
-from bantamweight.errors import CalibrationError, UnsupportedLayerError
+from bantamweight.errors import BantamweightError, CalibrationError, UnsupportedLayerError
 
 LossFunction = Callable[[Any, Any], Tensor]
 NO_SECOND_DERIVATIVE = re.compile(r"is not implemented|once_differentiable|not.*twice")
@@ -47,7 +47,7 @@ class Hessian:
 
     Raises:
         CalibrationError: no batch, a loss that is not a scalar, or not finite.
-        ValueError: no parameter that requires grad, or a block that matches none.
+        BantamweightError: no parameter that requires grad, or a block that matches none.
         UnsupportedLayerError: an operation without a second derivative in either direction.
 
     Example:
@@ -73,15 +73,15 @@ class Hessian:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if mode not in ("eval", "train"):
-            raise ValueError(f"mode is {mode!r}, but must be 'eval' or 'train'")
+            raise BantamweightError(f"mode is {mode!r}, but must be 'eval' or 'train'")
         if differentiation not in ("auto", "double_backward", "forward_over_reverse"):
-            raise ValueError(
+            raise BantamweightError(
                 f"differentiation is {differentiation!r}, but must be 'auto', 'double_backward' or "
                 "'forward_over_reverse'"
             )
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
-            raise ValueError("no parameter of the model requires grad; call model.requires_grad_(True) first")
+            raise BantamweightError("no parameter of the model requires grad; call model.requires_grad_(True) first")
         self._loss = _MeanLoss(model, loss_fn, data, trainable, mode, differentiation, graph_memory, process_group)
         self._select(blocks)
 
@@ -134,7 +134,9 @@ class Hessian:
     def product(self, vector: Tensor) -> list[Tensor]:
         """H v for a flat [size] vector, one contiguous tensor a parameter: nothing is copied into flat storage."""
         if vector.shape != (self.size,):
-            raise ValueError(f"the vector has shape {tuple(vector.shape)}, but this Hessian needs ({self.size},)")
+            raise BantamweightError(
+                f"the vector has shape {tuple(vector.shape)}, but this Hessian needs ({self.size},)"
+            )
         self.products += 1
         return self._loss.product(self.names, self.split(vector))
 
@@ -158,13 +160,15 @@ def match_names(names: Sequence[str], blocks: str | Sequence[str]) -> list[str]:
                 if any(re.fullmatch(pattern, ".".join(name.split(".")[:end])) for end in range(1, name.count(".") + 2))
             }
         except re.error as error:
-            raise ValueError(f"the block {pattern!r} is neither a name nor a regular expression: {error}") from None
+            raise BantamweightError(
+                f"the block {pattern!r} is neither a name nor a regular expression: {error}"
+            ) from None
         if not hits:
             shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-            raise ValueError(f"the block {pattern!r} matches no parameter that requires grad; there are {shown}")
+            raise BantamweightError(f"the block {pattern!r} matches no parameter that requires grad; there are {shown}")
         chosen |= hits
     if not chosen:
-        raise ValueError("blocks is empty; name at least one parameter or module, or pass None for all")
+        raise BantamweightError("blocks is empty; name at least one parameter or module, or pass None for all")
     return [name for name in names if name in chosen]
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bantamweight.curvature.vectors import Basis, random_start
+from bantamweight.errors import BantamweightError
 
 WHICH = ("largest_magnitude", "largest", "smallest", "both_ends")
 BASIS_BYTES = 4 << 30
+PESSIMISM = 4.0  # how much larger the error bounds come out than the errors, on networks' Hessians
 
 
 class SymmetricMatrix(Protocol):
@@ -68,22 +70,22 @@ def lanczos(
 
     Args:
         which: "largest_magnitude", "largest" or "smallest" (algebraic), or "both_ends": k from each end.
-        tol: relative error of an eigenvalue. A pair has converged when its residual is at most sqrt(tol) of the
-            eigenvalue's magnitude (or of 1% of the largest, for one near zero), since the error of an eigenvalue is
-            its squared residual over the gap to the next.
+        tol: relative error of an eigenvalue (of 1% of the largest, for one near zero). A pair has converged when
+            its squared residual over the gap to the next Ritz value, which overestimates the error, is near that, and
+            its residual at most sqrt(tol) of the eigenvalue: the gap is known only as well as the Ritz values are.
         start: [m, n] or [n], for instance the vectors of a similar matrix; otherwise random.
         block_size: vectors in the starting block; above 1 it finds eigenvalues of that multiplicity.
         max_basis: basis vectors held in memory before a restart keeps the best Ritz vectors (default: 4 GiB's worth).
     """
     if which not in WHICH:
-        raise ValueError(f"which is {which!r}, but must be one of {', '.join(WHICH)}")
+        raise BantamweightError(f"which is {which!r}, but must be one of {', '.join(WHICH)}")
     wanted = k * (2 if which == "both_ends" else 1)
     if not 1 <= wanted <= matrix.size:
-        raise ValueError(f"k asks for {wanted} eigenvalues, but this matrix has between 1 and {matrix.size}")
+        raise BantamweightError(f"k asks for {wanted} eigenvalues, but this matrix has between 1 and {matrix.size}")
     if not 0 < tol < 1:
-        raise ValueError(f"tol is {tol}, but must lie between 0 and 1")
+        raise BantamweightError(f"tol is {tol}, but must lie between 0 and 1")
     if not 1 <= block_size <= matrix.size:
-        raise ValueError(f"block_size is {block_size}, but must be from 1 to the {matrix.size} parameters")
+        raise BantamweightError(f"block_size is {block_size}, but must be from 1 to the {matrix.size} parameters")
     row_bytes = max(1, matrix.size * torch.empty(0, dtype=matrix.dtype).element_size())
     if max_basis is None:
         max_basis = BASIS_BYTES // row_bytes
@@ -131,17 +133,19 @@ def lanczos(
             residuals = np.linalg.norm(T[p : len(basis), :p] @ S, axis=0)
             chosen = _order(values, k, which)
             if len(chosen) == wanted:
-                allowed = np.sqrt(tol) * np.maximum(np.abs(values[chosen]), 0.01 * np.abs(values).max())
+                magnitude = np.maximum(np.abs(values[chosen]), 0.01 * np.abs(values).max())
+                small = residuals[chosen] <= np.sqrt(tol) * magnitude
+                exact = _errors(values, residuals)[chosen] <= PESSIMISM * tol * magnitude
                 # One product more than wanted pairs, or a pair that the start happens to lack could be missed.
                 enough = p > wanted or p == matrix.size
-                converged = bool(enough and (residuals[chosen] <= allowed).all())
+                converged = bool(enough and small.all() and exact.all())
                 if p == len(basis) < matrix.size:
                     # The Krylov space is invariant, so its residuals vanish and prove nothing about the rest: go on
                     # from random directions until one of them no longer changes the wanted values.
                     converged = settled is not None and np.allclose(settled, values[chosen], rtol=tol)
                     settled = values[chosen]
     if not len(chosen):
-        raise ValueError(f"max_products is {max_products}, but at least 1 is needed")
+        raise BantamweightError(f"max_products is {max_products}, but at least 1 is needed")
     vectors = basis.combine(np.vstack([S[:, chosen], np.zeros((len(basis) - p, len(chosen)))]))
     return RitzPairs(
         values=values[chosen],
@@ -157,9 +161,9 @@ def _start_block(matrix: SymmetricMatrix, start: Tensor | None, block_size: int,
         return random_start(block_size, matrix.size, matrix.dtype, matrix.device, seed)
     start = start.reshape(-1, start.shape[-1]).to(matrix.device, matrix.dtype)
     if start.shape[1] != matrix.size:
-        raise ValueError(f"start has vectors of {start.shape[1]} numbers, but the matrix has {matrix.size}")
+        raise BantamweightError(f"start has vectors of {start.shape[1]} numbers, but the matrix has {matrix.size}")
     if not bool(torch.isfinite(start).all()) or not bool(start.any()):
-        raise ValueError("start must be finite and not zero; pass None for a random start")
+        raise BantamweightError("start must be finite and not zero; pass None for a random start")
     if block_size == 1:
         return start.sum(0, keepdim=True)  # one vector with a share of every eigenvector that is known already
     if len(start) >= block_size:
@@ -192,6 +196,13 @@ def _order(values: np.ndarray, k: int, which: str, extra: int = 0) -> np.ndarray
     count = min(k + extra // 2, len(values))
     top, bottom = np.arange(len(values))[::-1][:count], np.arange(len(values))[:count][::-1]
     return np.concatenate([top, [i for i in bottom if i not in top]]).astype(int)
+
+
+def _errors(values: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """Bounds on the eigenvalues' errors: the residual, or its square over the gap to the nearest other Ritz value."""
+    steps = np.diff(values)
+    gaps = np.minimum(np.append(steps, np.inf), np.append(np.inf, steps))
+    return residuals * np.minimum(1.0, residuals / np.maximum(gaps, 1e-300))
 
 
 def _grown(T: np.ndarray, size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from bantamweight.curvature import vectors
 from bantamweight.curvature.lanczos import RitzPairs, SymmetricMatrix
 from bantamweight.curvature.vectors import Basis, random_start
+from bantamweight.errors import BantamweightError
 
 
 def power_iteration(
@@ -34,9 +35,9 @@ def power_iteration(
     last). The residuals tell how good the pairs are.
     """
     if not 1 <= k <= matrix.size:
-        raise ValueError(f"k is {k}, but must be from 1 to the {matrix.size} parameters")
+        raise BantamweightError(f"k is {k}, but must be from 1 to the {matrix.size} parameters")
     if max_steps < 1:
-        raise ValueError(f"max_steps is {max_steps}, but must be at least 1")
+        raise BantamweightError(f"max_steps is {max_steps}, but must be at least 1")
     found = Basis(matrix.size, matrix.dtype, matrix.device)
     seeds = random_start(k, matrix.size, matrix.dtype, matrix.device, seed)
     if start is not None:

@@ -26,7 +26,7 @@ from bantamweight.curvature.ggn import gauss_newton_eigenvalues
 from bantamweight.curvature.hvp import Batch, Hessian, LossFunction, as_batches, evaluation
 from bantamweight.curvature.result import FORMAT_VERSION, Conditions, Result
 from bantamweight.curvature.trace import block_traces
-from bantamweight.errors import CalibrationError, FormatError
+from bantamweight.errors import BantamweightError, CalibrationError, FormatError
 from bantamweight.quantize.calibrate import TargetLayer, layer_weight
 from bantamweight.quantize.grid import alphabet, candidate_grid, weight_range
 
@@ -207,9 +207,11 @@ def sensitivity(
         ['0', '2']
     """
     if metric not in METRICS:
-        raise ValueError(f"metric is {metric!r}, but must be one of {', '.join(METRICS)}")
+        raise BantamweightError(f"metric is {metric!r}, but must be one of {', '.join(METRICS)}")
     if subsets < 1 or not 0 < fraction <= 1:
-        raise ValueError(f"subsets ({subsets}) must be at least 1, and fraction ({fraction}) above 0 and at most 1")
+        raise BantamweightError(
+            f"subsets ({subsets}) must be at least 1, and fraction ({fraction}) above 0 and at most 1"
+        )
     targets = _target_layers(model, ignore)
     groups = _as_groups(blocks, targets) if blocks is not None else _default_groups(model, targets, per)
     used = {name: targets[name] for names in groups.values() for name in names}
@@ -276,11 +278,10 @@ def rounding_error(layer: TargetLayer, bits: int, group_size: int | None) -> flo
     size = group_size or weight.shape[1]
     granularity = "group" if group_size else "channel"
     ranges = weight_range(weight, granularity=granularity, group_size=size, percentile=1.0)
-    candidates = []
-    for zero in chosen.zeros:
-        grid = candidate_grid(ranges, chosen, (1.0,), [zero], size)
-        candidates.append((grid.values(grid.nearest(weight)) - weight).square().sum(1))
-    return float(torch.stack(candidates).amin(0).double().sum())
+    grid = candidate_grid(ranges, chosen, torch.ones(1, len(weight), 1, weight.shape[2]), size)
+    every = weight.repeat(1, 1, len(chosen.zeros))  # each neuron under each zero point it may take
+    errors = (grid.values(grid.nearest(every)) - every).square().sum(1)
+    return float(errors.view(len(weight), len(chosen.zeros), -1).amin(1).double().sum())
 
 
 def _describe(
@@ -320,7 +321,7 @@ def _target_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, TargetL
     try:
         patterns = [re.compile(pattern) for pattern in ([ignore] if isinstance(ignore, str) else ignore)]
     except re.error as error:
-        raise ValueError(f"ignore holds {error.pattern!r}, which is no regular expression: {error}") from None
+        raise BantamweightError(f"ignore holds {error.pattern!r}, which is no regular expression: {error}") from None
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -329,7 +330,7 @@ def _target_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, TargetL
         and not any(pattern.fullmatch(name) for pattern in patterns)
     }
     if not layers:
-        raise ValueError(
+        raise BantamweightError(
             "the model has no linear or 2d convolution layer whose weight requires grad; check `ignore`, or call "
             "model.requires_grad_(True) first"
         )
@@ -342,11 +343,11 @@ def _as_groups(blocks: Mapping[str, Sequence[str]], layers: Mapping[str, TargetL
         names = [patterns] if isinstance(patterns, str) else list(patterns)
         found = [name for name in layers if any(name == p or name.startswith(f"{p}.") for p in names)]
         if not found:
-            raise ValueError(f"the block {block!r} ({', '.join(names)}) holds no linear or 2d convolution layer")
+            raise BantamweightError(f"the block {block!r} ({', '.join(names)}) holds no linear or 2d convolution layer")
         groups[block] = found
     taken = [name for names in groups.values() for name in names]
     if twice := [name for name in taken if taken.count(name) > 1]:
-        raise ValueError(f"{twice[0]} is in more than one block; list each layer once")
+        raise BantamweightError(f"{twice[0]} is in more than one block; list each layer once")
     return groups
 
 
@@ -354,7 +355,7 @@ def _default_groups(model: nn.Module, layers: Mapping[str, TargetLayer], per: st
     if per == "layer":
         return {name: [name] for name in layers}
     if per != "block":
-        raise ValueError(f"per is {per!r}, but must be 'layer' or 'block'; name your own with blocks=")
+        raise BantamweightError(f"per is {per!r}, but must be 'layer' or 'block'; name your own with blocks=")
     groups: dict[str, list[str]] = {}
     containers: list[str] = []
     for name, module in model.named_modules():
@@ -389,7 +390,7 @@ def _multiply_adds(model: nn.Module, batch: Batch, layers: Mapping[str, TargetLa
         for handle in handles:
             handle.remove()
     if idle := [name for name, count in counts.items() if count == 0]:
-        raise ValueError(f"{idle[0]} is never called by the model; list it in ignore")
+        raise BantamweightError(f"{idle[0]} is never called by the model; list it in ignore")
     return counts
 
 
@@ -405,7 +406,7 @@ def _subsets(batches: list[Batch], count: int, fraction: float, seed: int) -> li
     try:
         whole = tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *pairs)
         if any(len(tensor) != batches[0].samples for tensor in tensors):
-            raise ValueError("not every tensor has one row a sample")
+            raise BantamweightError("not every tensor has one row a sample")
     except (RuntimeError, TypeError, ValueError) as error:
         raise CalibrationError(
             f"the batches cannot be cut into subsets of samples ({str(error).splitlines()[0]}); pad them to one shape, "

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from bantamweight.curvature.eigenvalues import Eigenvalues
 from bantamweight.curvature.hvp import LossFunction, as_batches, evaluation
 from bantamweight.curvature.result import Result
+from bantamweight.errors import BantamweightError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,9 +57,9 @@ def loss_surface(
         points: grid points a side.
     """
     if len(eigenvalues.values) < 2:
-        raise ValueError("a surface needs two eigenvectors; call top_eigenvalues with k=2 or more")
+        raise BantamweightError("a surface needs two eigenvectors; call top_eigenvalues with k=2 or more")
     if points < 2:
-        raise ValueError(f"points is {points}, but must be at least 2")
+        raise BantamweightError(f"points is {points}, but must be at least 2")
     steepest = float(np.abs(eigenvalues.values[:2]).max())
     if radius is None:
         rise = max(eigenvalues.conditions.loss, 0.1)

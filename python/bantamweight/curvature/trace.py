@@ -20,6 +20,7 @@ from bantamweight.curvature import vectors
 from bantamweight.curvature.hvp import Hessian, LossFunction
 from bantamweight.curvature.lanczos import SymmetricMatrix
 from bantamweight.curvature.result import Conditions, Result
+from bantamweight.errors import BantamweightError
 
 FEWEST_SAMPLES = 8  # below this a standard error says little
 
@@ -101,10 +102,10 @@ def trace_of(
 ) -> Trace:
     """`trace` of any symmetric matrix."""
     if method not in ("hutchinson", "hutch++"):
-        raise ValueError(f"method is {method!r}, but must be 'hutchinson' or 'hutch++'")
+        raise BantamweightError(f"method is {method!r}, but must be 'hutchinson' or 'hutch++'")
     least = FEWEST_SAMPLES if method == "hutchinson" else 3 * FEWEST_SAMPLES
     if products < least:
-        raise ValueError(f"products is {products}, but {method} needs at least {least} for a standard error")
+        raise BantamweightError(f"products is {products}, but {method} needs at least {least} for a standard error")
     generator = torch.Generator().manual_seed(seed)
     sketch = min(products // 3, matrix.size) if method == "hutch++" else 0
     used, exact = 0, 0.0
@@ -150,7 +151,9 @@ def block_traces(
     not grow with the number of blocks.
     """
     if products < FEWEST_SAMPLES:
-        raise ValueError(f"products is {products}, but at least {FEWEST_SAMPLES} are needed for a standard error")
+        raise BantamweightError(
+            f"products is {products}, but at least {FEWEST_SAMPLES} are needed for a standard error"
+        )
     generator = torch.Generator().manual_seed(seed)
     number = {name: i for i, name in enumerate(hessian.names)}
     samples: dict[str, list[float]] = {block: [] for block in blocks}

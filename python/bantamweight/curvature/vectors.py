@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bantamweight import _C
-from bantamweight.errors import KernelError
+from bantamweight.errors import BantamweightError, KernelError
 
 ROWS_PER_SLAB = 16
 
@@ -64,7 +64,7 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 def sizes(x: Sequence[Tensor], y: Sequence[Tensor]) -> list[int]:
     counts = [tensor.numel() for tensor in x]
     if counts != [tensor.numel() for tensor in y]:
-        raise ValueError("the two lists of tensors differ in their sizes; pass lists of the same shapes")
+        raise BantamweightError("the two lists of tensors differ in their sizes; pass lists of the same shapes")
     return counts
 
 
