@@ -40,6 +40,7 @@ struct DepthwiseTask {
   const int8_t* const* rows;  // [row_count]; readable 64 bytes past the last channel of each tap
   const float* row_scale;     // [row_count]
   int64_t row_count;
+  bool int16_sums;    // the weights are so small that no sum over a group leaves 16 bits
   const float* bias;  // [channels] or null
   float* y;           // out: row r at y + r * ldy
   int64_t ldy;

@@ -22,6 +22,7 @@ struct ConvLayout {
   const float* scale = nullptr;
   const float* zero_scale = nullptr;
   const float* zero = nullptr;
+  bool int16_sums = false;
 };
 
 Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out);

@@ -277,6 +277,7 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
     task.pairs = plan.pairs.data();
     task.pair_count = static_cast<int64_t>(plan.pairs.size());
     task.groups = plan.groups;
+    task.int16_sums = plan.layout.int16_sums;
     task.channels = s.out_channels;
     task.rows = rows;
     task.row_scale = row_scale;

@@ -1,6 +1,7 @@
 // Packing, unpacking and reading back the weights of a convolution.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -17,6 +18,7 @@ struct ConvHeader {
   int64_t isa;
   int64_t bytes;
   int64_t integer_zeros;  // depthwise: 1 if the zeros are inside the weights
+  int64_t int16_sums;     // depthwise: 1 if sums over a group fit 16 bits
   int64_t merged;         // channel groups that run as one
   int64_t view_bytes;     // of each of the channel groups that are left
   ConvShape shape;
@@ -174,11 +176,18 @@ void pack_depthwise(const ConvShape& s, const uint8_t* codes, const float* scale
   auto* scale_out = reinterpret_cast<float*>(base + at.scale);
   auto* zero_scale = reinterpret_cast<float*>(base + at.zero_scale);
   header->integer_zeros = all_code_zeros(zero, s.out_channels * groups) ? 1 : 0;
+  constexpr int kLargestActivation = 127;
+  std::vector<int64_t> size(static_cast<size_t>(groups));
+  header->int16_sums = 1;
   for (int64_t c = 0; c < s.out_channels; ++c) {
+    std::fill(size.begin(), size.end(), 0);
     for_each_tap(pairs, [&](int64_t p, int which, int64_t tap) {
       const int zero_point = header->integer_zeros ? static_cast<int>(zero[c * groups + pairs[p].group]) : 0;
-      weight[(p * lanes + c) * 2 + which] = static_cast<int16_t>(codes[c * k + tap] - zero_point);
+      const int value = codes[c * k + tap] - zero_point;
+      weight[(p * lanes + c) * 2 + which] = static_cast<int16_t>(value);
+      size[static_cast<size_t>(pairs[p].group)] += std::abs(value);
     });
+    if (*std::max_element(size.begin(), size.end()) * kLargestActivation > INT16_MAX) header->int16_sums = 0;
     for (int64_t g = 0; g < groups; ++g) {
       scale_out[g * lanes + c] = scale[c * groups + g];
       zero_scale[g * lanes + c] = scale[c * groups + g] * zero[c * groups + g];
@@ -337,6 +346,7 @@ Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
   out->scale = reinterpret_cast<const float*>(base + at.scale);
   out->zero_scale = header.integer_zeros ? nullptr : reinterpret_cast<const float*>(base + at.zero_scale);
   out->zero = reinterpret_cast<const float*>(base + at.zero);
+  out->int16_sums = header.int16_sums != 0;
   return Status::ok;
 }
 
