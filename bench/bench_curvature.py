@@ -6,7 +6,7 @@
 Tasks: the top eigenvalue, the top five, and the top one of every layer's weight (exactly, and by the one-pass
 Gauss-Newton ranking). Models: CIFAR-10 ResNet-20 with its trained weights on test images, and a 4-layer encoder of
 width 256 trained for a few steps on made-up tokens. Every method gets the tolerance 1e-3 and a fresh random start;
-errors are against Lanczos run to 1e-8. Times are CPU seconds of this process, everything included (the graph, too);
+errors are against Lanczos run to 1e-8 (1e-5 per layer). Times are CPU seconds of this process, everything included (the graph, too);
 HVPs are Hessian-vector products, or block products where a task is per layer.
 """
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
@@ -126,7 +126,7 @@ def reference(model: nn.Module, data: Any, k: int) -> list[float]:
 def reference_layers(model: nn.Module, data: Any) -> list[float]:
     hessian = Hessian(model, functional.cross_entropy, data)
     return [
-        float(eigenvalues_of(hessian.block(f"{n}.weight"), tol=1e-8, max_products=300, seed=2).values[0])
+        float(eigenvalues_of(hessian.block(f"{n}.weight"), tol=1e-5, max_products=300, seed=2).values[0])
         for n in weight_layers(model)
     ]
 

@@ -20,7 +20,6 @@ from bantamweight.errors import BantamweightError
 
 WHICH = ("largest_magnitude", "largest", "smallest", "both_ends")
 BASIS_BYTES = 4 << 30
-PESSIMISM = 4.0  # how much larger the error bounds come out than the errors, on networks' Hessians
 
 
 class SymmetricMatrix(Protocol):
@@ -71,8 +70,8 @@ def lanczos(
     Args:
         which: "largest_magnitude", "largest" or "smallest" (algebraic), or "both_ends": k from each end.
         tol: relative error of an eigenvalue (of 1% of the largest, for one near zero). A pair has converged when
-            its squared residual over the gap to the next Ritz value, which overestimates the error, is near that, and
-            its residual at most sqrt(tol) of the eigenvalue: the gap is known only as well as the Ritz values are.
+            its squared residual over the gap to the next Ritz value is below that, and its residual at most sqrt(tol)
+            of the eigenvalue: the gap is known only as well as the Ritz values are.
         start: [m, n] or [n], for instance the vectors of a similar matrix; otherwise random.
         block_size: vectors in the starting block; above 1 it finds eigenvalues of that multiplicity.
         max_basis: basis vectors held in memory before a restart keeps the best Ritz vectors (default: 4 GiB's worth).
@@ -135,7 +134,7 @@ def lanczos(
             if len(chosen) == wanted:
                 magnitude = np.maximum(np.abs(values[chosen]), 0.01 * np.abs(values).max())
                 small = residuals[chosen] <= np.sqrt(tol) * magnitude
-                exact = _errors(values, residuals)[chosen] <= PESSIMISM * tol * magnitude
+                exact = _errors(values, residuals)[chosen] <= tol * magnitude
                 # One product more than wanted pairs, or a pair that the start happens to lack could be missed.
                 enough = p > wanted or p == matrix.size
                 converged = bool(enough and small.all() and exact.all())
