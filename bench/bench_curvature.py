@@ -6,10 +6,11 @@
 Tasks: the top eigenvalue, the top five, and the top one of every layer's weight (exactly, and by the one-pass
 Gauss-Newton ranking). Models: CIFAR-10 ResNet-20 with its trained weights on test images, and a 4-layer encoder of
 width 256 trained for a few steps on made-up tokens. Every method gets the tolerance 1e-3 and a fresh random start;
-errors are against Lanczos run to 1e-8 (1e-5 per layer). Times are CPU seconds of this process, everything included (the graph, too);
-HVPs are Hessian-vector products, or block products where a task is per layer.
+errors are against Lanczos run to 1e-8 (1e-5 per layer). Times are CPU seconds of this process, everything included
+(the graph, too); HVPs are Hessian-vector products, or block products where a task is per layer.
 """
-# pyright: reportMissingImports=false, reportPrivateImportUsage=false
+# The peers have no types, and need not be installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 import argparse
 import importlib

@@ -28,7 +28,7 @@ from bantamweight.curvature.result import FORMAT_VERSION, Conditions, Result
 from bantamweight.curvature.trace import block_traces
 from bantamweight.errors import BantamweightError, CalibrationError, FormatError
 from bantamweight.quantize.calibrate import TargetLayer, layer_weight
-from bantamweight.quantize.grid import alphabet, candidate_grid, weight_range
+from bantamweight.quantize.grid import Grid, alphabet, weight_range
 
 METRICS = {
     "lambda_max": "largest Hessian eigenvalue",
@@ -278,10 +278,12 @@ def rounding_error(layer: TargetLayer, bits: int, group_size: int | None) -> flo
     size = group_size or weight.shape[1]
     granularity = "group" if group_size else "channel"
     ranges = weight_range(weight, granularity=granularity, group_size=size, percentile=1.0)
-    grid = candidate_grid(ranges, chosen, torch.ones(1, len(weight), 1, weight.shape[2]), size)
-    every = weight.repeat(1, 1, len(chosen.zeros))  # each neuron under each zero point it may take
-    errors = (grid.values(grid.nearest(every)) - every).square().sum(1)
-    return float(errors.view(len(weight), len(chosen.zeros), -1).amin(1).double().sum())
+    scale = (ranges / chosen.half).clamp_min(1e-12)
+    errors = []
+    for zero in chosen.zeros:
+        grid = Grid(scale=scale, zero=torch.full_like(scale, zero), levels=chosen.levels, group_size=size)
+        errors.append((grid.values(grid.nearest(weight)) - weight).square().sum(1))
+    return float(torch.stack(errors).amin(0).double().sum())  # each neuron with its better zero point
 
 
 def _describe(
