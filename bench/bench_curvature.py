@@ -106,7 +106,7 @@ def ours_layers(model: nn.Module, data: Any) -> Answer:
 
 
 def ours_layers_warm(model: nn.Module, data: Any) -> Answer:
-    quick = gauss_newton_eigenvalues(model, functional.cross_entropy, data)
+    quick = gauss_newton_eigenvalues(model, functional.cross_entropy, data, vectors=True)
     hessian = Hessian(model, functional.cross_entropy, data, blocks=[f"{name}.weight" for name in weight_layers(model)])
     results = [
         eigenvalues_of(hessian.block(f"{n}.weight"), tol=TOL, start=quick.vectors[n][n].reshape(1, -1))

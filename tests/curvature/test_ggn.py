@@ -43,7 +43,7 @@ def check(model, data, loss_fn, result, blocks):
 
 def test_every_layer_equals_the_dense_matrix(case):
     model, loss_fn, data = case
-    result = gauss_newton_eigenvalues(model, loss_fn, data, rank_tol=0.0)
+    result = gauss_newton_eigenvalues(model, loss_fn, data, rank_tol=0.0, vectors=True)
     check(model, data, loss_fn, result, {name: [name] for name in result.values})
     assert result.passes == 2  # three classes, two directions of the softmax
 
@@ -61,7 +61,7 @@ def test_batches_and_groups_of_layers(memory):
 def test_blocks_of_several_layers():
     model, data = network("attention")
     blocks = {"attention": ["q", "k", "v", "out"], "head": ["head"]}
-    result = gauss_newton_eigenvalues(model, functional.cross_entropy, data, blocks=blocks, rank_tol=0.0)
+    result = gauss_newton_eigenvalues(model, functional.cross_entropy, data, blocks=blocks, rank_tol=0.0, vectors=True)
     check(model, data, functional.cross_entropy, result, blocks)
 
 
@@ -88,7 +88,7 @@ def test_awkward_layers_and_another_loss(loss_fn):
     torch.manual_seed(0)
     model = Awkward().double()
     data = (torch.randn(8, 2, 6, 6).double(), torch.randint(0, 3, (8,)))
-    result = gauss_newton_eigenvalues(model, loss_fn, data, rank_tol=0.0)
+    result = gauss_newton_eigenvalues(model, loss_fn, data, rank_tol=0.0, vectors=True)
     check(model, data, loss_fn, result, {name: [name] for name in result.values})
     assert set(result.values) == {"first", "grouped", "line", "twice", "head"}
 
@@ -118,3 +118,18 @@ def test_text_json_and_bad_input():
         gauss_newton_eigenvalues(model, lambda z, y: z.sum(1), data)
     with pytest.raises(ValueError, match="requires grad"):
         gauss_newton_eigenvalues(ConvNet().requires_grad_(False), functional.cross_entropy, data)
+
+
+def test_samples_without_curvature_are_left_out():
+    model, (inputs, targets) = network("mlp")
+    with torch.no_grad():
+        model[4].weight.mul_(200)  # most samples are certain now
+    data = (inputs, targets)
+    full = gauss_newton_eigenvalues(model, functional.cross_entropy, data, rank_tol=0.0)
+    seen = []
+    handle = model[0].register_forward_hook(lambda *a: seen.append(len(a[1][0])))
+    quick = gauss_newton_eigenvalues(model, functional.cross_entropy, data, rank_tol=1e-4)
+    handle.remove()
+    assert seen[0] == 8 and max(seen[1:]) < 8
+    assert quick.values == pytest.approx(full.values, rel=1e-3)
+    assert quick.conditions.samples == 8

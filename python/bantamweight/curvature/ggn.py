@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from bantamweight.curvature.hvp import Batch, LossFunction, as_batches, evaluation, free_memory
@@ -76,6 +77,7 @@ def gauss_newton_eigenvalues(
     blocks: Mapping[str, Sequence[str]] | None = None,
     rank_tol: float = 1e-3,
     memory: int | None = None,
+    vectors: bool = False,
     progress: Any = None,
 ) -> GaussNewton:
     """The largest Gauss-Newton eigenvalue of every layer's weight at once.
@@ -88,6 +90,7 @@ def gauss_newton_eigenvalues(
         rank_tol: output directions that together carry at most this part of the loss's curvature are left out.
             0 keeps all of them and is exact.
         memory: bytes for the gradients kept at once; beyond it the layers are taken in several groups.
+        vectors: also find the eigenvectors (not where `memory` makes several groups).
 
     Raises:
         UnsupportedLayerError: a model whose outputs are not [n, classes], or a layer that cannot be handled.
@@ -115,7 +118,7 @@ def gauss_newton_eigenvalues(
         raise BantamweightError("no parameter of the model requires grad; call model.requires_grad_(True) first")
     device = parameters[0].device
     batches = as_batches(data, device)
-    samples = sum(batch.samples for batch in batches)
+    samples, count = sum(batch.samples for batch in batches), len(batches)
     if memory is None:
         memory = free_memory(device) // 4
 
@@ -126,11 +129,13 @@ def gauss_newton_eigenvalues(
             f"{samples} samples give {rows} output directions, more than {MOST_ROWS}; pass fewer samples or raise "
             f"rank_tol ({rank_tol})"
         )
+    live = [_live(batch, factor, kept) for batch, (factor, kept) in zip(batches, factors, strict=True) if kept.any()]
+    batches, factors = [batch for batch, _ in live], [factor for _, factor in live]
     passes = 0
     grams = {name: torch.zeros(rows, rows, dtype=torch.float64, device=device) for name in blocks}
     members = {name: [block for block, names in blocks.items() if name in names] for name in wanted}
     kept_calls: dict[str, list[list[_Call]]] = {}
-    groups = _groups(wanted, shapes, max(kept.shape[1] for _, kept in factors), memory)
+    groups = _groups(wanted, shapes, max((kept.shape[1] for _, kept in factors), default=1), memory)
     with tqdm(total=len(wanted), desc="Gauss-Newton", unit="layer", leave=False, disable=progress) as bar:
         for group in groups:
             chosen = {name: layers[name] for name in group}
@@ -145,14 +150,14 @@ def gauss_newton_eigenvalues(
                 for block in members[name]:
                     grams[block] += gram
                 bar.update()
-            if len(groups) == 1:
+            if vectors and len(groups) == 1:
                 kept_calls = calls
     values, tops = {}, {}
     for block, gram in grams.items():
         pair = lanczos(DenseMatrix(gram), k=1, which="largest", tol=1e-12, max_products=rows + 1, progress=True)
         values[block] = float(pair.values[0])
         tops[block] = pair.vectors[0]
-    vectors = {
+    eigenvectors = {
         block: _eigenvector(names, layers, kept_calls, [kept for _, kept in factors], tops[block])
         for block, names in blocks.items()
         if kept_calls
@@ -161,12 +166,12 @@ def gauss_newton_eigenvalues(
         mode="eval",
         differentiation="gauss_newton",
         samples=samples,
-        batches=len(batches),
+        batches=count,
         parameters=sum(_weight(layers[name]).numel() for name in wanted),
         blocks=tuple(blocks),
         loss=loss,
     )
-    return GaussNewton(values=values, rows=rows, passes=passes, conditions=conditions, vectors=vectors)
+    return GaussNewton(values=values, rows=rows, passes=passes, conditions=conditions, vectors=eigenvectors)
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -259,6 +264,16 @@ def _loss_factors(
     floor = 1e-14 * float(every[-1])  # what rounding left of directions without curvature
     factors = [((h.sqrt()[:, None, :] * e).mT.to(outputs.dtype), (h >= threshold) & (h > floor)) for h, e in pairs]
     return factors, loss, sizes
+
+
+def _live(batch: Batch, factor: Tensor, kept: Tensor) -> tuple[Batch, tuple[Tensor, Tensor]]:
+    """The samples with a direction that is kept: of a trained network's, often few. The others need no backward."""
+    rows = kept.any(1).nonzero()[:, 0]
+    leaves = [leaf for leaf in tree_leaves((batch.arguments, batch.keywords)) if isinstance(leaf, Tensor)]
+    if len(rows) == batch.samples or any(leaf.ndim == 0 or len(leaf) != batch.samples for leaf in leaves):
+        return batch, (factor, kept)
+    arguments, keywords = tree_map_only(Tensor, lambda leaf: leaf[rows], (batch.arguments, batch.keywords))
+    return Batch(arguments, keywords, batch.targets, len(rows)), (factor[rows], kept[rows])
 
 
 def _groups(names: Sequence[str], sizes: Mapping[str, int], directions: int, memory: int) -> list[list[str]]:
