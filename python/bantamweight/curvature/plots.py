@@ -99,7 +99,6 @@ def plot_surface(result: LossSurface, path: Path = None) -> Any:
     along, across = np.meshgrid(result.steps, result.steps, indexing="ij")
     solid = figure.add_subplot(1, 2, 1, projection="3d")
     solid.plot_surface(along, across, result.loss, cmap="viridis", linewidth=0)
-    solid.set_zlabel("loss")
     flat = figure.add_subplot(1, 2, 2)
     contours = flat.contourf(along, across, result.loss, levels=20, cmap="viridis")
     flat.plot([0], [0], "r+", markersize=10)

@@ -25,7 +25,7 @@ def page(network: str, found: Sensitivity, plan: BitPlan | None, pictures: Seque
     sharpest = found.ranking[0]
     body = [
         f'<p class="kicker">bantamweight \u00b7 {escape(network)}</p>',
-        f"<h1>{escape(sharpest or 'the whole network')} is the layer that rounding hurts most</h1>",
+        f"<h1>The loss is sharpest along {escape(sharpest or 'the one layer')}</h1>",
         f"<p>Measured on {found.subsets} subsets of {found.samples} samples. {escape(notes)}</p>",
     ]
     for picture in pictures:
