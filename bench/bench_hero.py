@@ -106,9 +106,9 @@ TASKS = {
         validation=1000,
         candidates={
             "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
-            "sam": [{"h": h} for h in (0.1, 0.2, 0.5)],
-            "asam": [{"h": h} for h in (1.0, 2.0, 4.0)],
-            "hero": [{"h": h, "lam": lam} for h, lam in ((1.0, 50.0), (2.0, 500.0), (4.0, 500.0))],
+            "sam": [{"h": h} for h in (0.05, 0.1, 0.2, 0.5)],
+            "asam": [{"h": h} for h in (0.25, 0.5, 1.0, 2.0)],
+            "hero": [{"h": h, "lam": lam} for h, lam in ((0.25, 5.0), (0.5, 5.0), (1.0, 50.0), (2.0, 500.0))],
         },
         select_at={0.0: 0.4, 0.2: 0.4, 0.6: 0.4, 0.8: 0.4},
         selection_seeds=SELECTION_SEEDS[:1],
