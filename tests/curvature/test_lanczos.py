@@ -8,6 +8,7 @@ from bantamweight.curvature.eigenvalues import eigenvalues_of
 from bantamweight.curvature.lanczos import DenseMatrix, lanczos
 from bantamweight.curvature.power import power_iteration
 from small_networks import dense_hessian, network
+from torch import nn
 from torch.nn import functional
 
 
@@ -170,3 +171,14 @@ def test_plot_writes_a_picture(tmp_path):
     assert (tmp_path / "eigenvalues.png").read_bytes().startswith(b"\x89PNG")
     points = figure.axes[0].lines[1].get_ydata()
     np.testing.assert_array_equal(points, result.values)
+
+
+def test_starting_with_the_gradient_misses_no_direction():
+    """Half of the network is dead to the gradient: its curvature must be found all the same."""
+    model = nn.Linear(3, 2, bias=False).double()
+    data = (torch.eye(3).double()[:2], torch.zeros(2, 2).double())
+    with torch.no_grad():
+        model.weight.zero_()
+        model.weight[0, 0] = 1e-3  # the gradient has this direction and no other
+    result = top_eigenvalues(model, lambda z, y: (z**2 * torch.tensor([1.0, 5.0])).mean(), data, tol=1e-10)
+    assert result.values[0] == pytest.approx(2.5)
