@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "gpfq/gpfq.h"
+#include "runtime/threads.h"
 #include "runtime/variants.h"
 
 namespace bantamweight {
@@ -33,12 +34,10 @@ Status for_slices(const GpfqPanel<T>& p, Run run) {
   const int64_t slices = (p.columns + kGpfqSlice - 1) / kGpfqSlice;
   const int64_t tasks = p.problems * slices;
   const bool worthwhile = p.problems * p.columns * p.rows * p.rows >= 2 * kWorkPerThread;
-#pragma omp parallel for schedule(static) if (worthwhile)
-  for (int64_t task = 0; task < tasks; ++task) {
+  for_each_shared(tasks, worthwhile, [&](int64_t task) {
     const int64_t begin = task % slices * kGpfqSlice;
     run(p, task / slices, begin, std::min(begin + kGpfqSlice, p.columns));
-  }
-  (void)worthwhile;  // unused where OpenMP is off
+  });
   return Status::ok;
 }
 

@@ -7,26 +7,15 @@
 #include <numeric>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "lowbit_conv/conv_layout.h"
 #include "quantize_images/quantize_images.h"
 #include "runtime/scratch.h"
+#include "runtime/threads.h"
 
 namespace bantamweight {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t available_threads() {
-#if defined(_OPENMP)
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 // One int32 of a padded pixel's slice sums that an output pixel's group sum takes in.
 struct SumEntry {
@@ -340,11 +329,10 @@ Status run_images(const Plan& plan, int64_t first, int64_t count) {
   const Quantized images = {first, count, args.q, args.scale, args.sums};
   const Tasks tasks = cut(plan, count * plan.image_rows());
   std::atomic<int> worst{static_cast<int>(Status::ok)};
-#pragma omp parallel for schedule(dynamic) if (tasks.worth_threads && tasks.count() > 1)
-  for (int64_t i = 0; i < tasks.count(); ++i) {
+  for_each_shared(tasks.count(), tasks.worth_threads, [&](int64_t i) {
     const Status status = run_task(plan, images, tasks, i);
     if (status != Status::ok) worst.store(static_cast<int>(status));
-  }
+  });
   return static_cast<Status>(worst.load());
 }
 
@@ -363,19 +351,17 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const int64_t fit = std::clamp<int64_t>(kBatchBytes / plan.image_bytes(), 1, input.images);
   const int64_t per_batch = std::min(fit, ceil_div(input.images, threads));
   const int64_t batches = ceil_div(input.images, per_batch);
-  [[maybe_unused]] const bool spread = batches % threads == 0 || batches >= 4 * threads;
-  [[maybe_unused]] const int64_t work =
-      input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.run.out_channels);
+  const bool spread = batches % threads == 0 || batches >= 4 * threads;
+  const int64_t work = input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.run.out_channels);
   std::atomic<int> worst{static_cast<int>(Status::ok)};
-#pragma omp parallel for schedule(dynamic) if (threads > 1 && spread && batches > 1 && work > (1 << 17))
-  for (int64_t b = 0; b < batches; ++b) {
+  for_each_shared(batches, spread && work > (1 << 17), [&](int64_t b) {
     Status done = Status::out_of_memory;
     try {
       done = run_images(plan, b * per_batch, std::min(per_batch, input.images - b * per_batch));
     } catch (const std::bad_alloc&) {
     }
     if (done != Status::ok) worst.store(static_cast<int>(done));
-  }
+  });
   return static_cast<Status>(worst.load());
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;

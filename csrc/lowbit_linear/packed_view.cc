@@ -3,11 +3,8 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "lowbit_linear/lowbit_linear.h"
+#include "runtime/threads.h"
 
 namespace bantamweight {
 namespace {
@@ -47,14 +44,6 @@ Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, 
   at.zero = at.zero_scale + table;
   at.end = at.zero + align(n * groups * static_cast<int64_t>(sizeof(float)));
   return at;
-}
-
-int64_t max_threads() {
-#if defined(_OPENMP)
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
 }
 
 // True if every zero is the same integer that the codes can hold.
@@ -117,8 +106,7 @@ void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t 
   const int64_t block_bytes = align(kernel.block_bytes(bits, pieces, piece_count));
   auto* scale_out = reinterpret_cast<float*>(base + at.scale);
   auto* zero_scale_out = reinterpret_cast<float*>(base + at.zero_scale);
-#pragma omp parallel for schedule(static) if (n * k > (1 << 20))
-  for (int64_t b = 0; b < blocks; ++b) {
+  for_each_shared(blocks, n * k > (1 << 20), [&](int64_t b) {
     const int64_t first = b * block_n, valid = std::min(block_n, n - first);
     kernel.pack_block(bits, pieces, piece_count, codes + first * k, k, valid, base + at.blocks + b * block_bytes);
     for (int64_t g = 0; g < groups; ++g) {
@@ -128,7 +116,7 @@ void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t 
         zero_scale_out[to] = scale[from] * zero[from];
       }
     }
-  }
+  });
   if (n * groups > 0) std::memcpy(base + at.zero, zero, static_cast<size_t>(n * groups) * sizeof(float));
 }
 
@@ -197,7 +185,7 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
   const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
   const int64_t total = macs_per_block * blocks * row_chunks;
-  const int64_t threads = total < kMinParallelMacs ? 1 : max_threads();
+  const int64_t threads = total < kMinParallelMacs ? 1 : available_threads();
   const int64_t share = total / (2 * threads);
   const int64_t macs = threads == 1 ? kMaxMacs : std::clamp(share, kMinMacs, kMaxMacs);
   const int64_t blocks_fit = kWeightBytes / std::max<int64_t>(1, view.block_bytes);
@@ -211,12 +199,7 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
                            std::min(rows_fit, row_count - row_begin), bias, y + row_begin * ldy, ldy, block_begin,
                            block_end);
   };
-  if (chunks == 1 || threads == 1) {  // not an if clause: libgomp makes a team of one, which takes 0.2 us
-    for (int64_t c = 0; c < chunks; ++c) run_chunk(c);
-    return;
-  }
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t c = 0; c < chunks; ++c) run_chunk(c);
+  for_each_shared(chunks, threads > 1, run_chunk);
 }
 
 void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,

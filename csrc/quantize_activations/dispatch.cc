@@ -2,11 +2,8 @@
 #include <algorithm>
 #include <atomic>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "quantize_activations/quantize_activations.h"
+#include "runtime/threads.h"
 #include "runtime/variants.h"
 
 namespace bantamweight {
@@ -37,8 +34,7 @@ Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
   const int64_t padded = padded_row_bytes(args.k);
   const int64_t groups = (args.k + args.group_size - 1) / args.group_size;
   std::atomic<int> worst{static_cast<int>(Status::ok)};
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t c = 0; c < chunks; ++c) {
+  for_each_shared(chunks, true, [&](int64_t c) {
     const int64_t begin = c * rows_per_chunk;
     QuantizeRowsArgs part = args;
     part.m = std::min(rows_per_chunk, args.m - begin);
@@ -48,7 +44,7 @@ Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
     part.sums += begin * groups;
     const Status status = kernel->run(part);
     if (status != Status::ok) worst.store(static_cast<int>(status));
-  }
+  });
   return static_cast<Status>(worst.load());
 }
 

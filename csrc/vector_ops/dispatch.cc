@@ -4,10 +4,7 @@
 #include <new>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
+#include "runtime/threads.h"
 #include "runtime/variants.h"
 #include "vector_ops/vector_ops.h"
 
@@ -60,15 +57,14 @@ void sum_over_chunks(int64_t n, int64_t width, double* totals, Body body) {
   const int64_t tasks = task_count(n);
   std::vector<double> partial(static_cast<size_t>(tasks * width), 0.0);
   std::vector<float> chunk_sums(static_cast<size_t>(tasks * width));
-#pragma omp parallel for schedule(static) if (tasks > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
+  for_each_shared(tasks, true, [&](int64_t task) {
     double* sums = partial.data() + task * width;
     float* one = chunk_sums.data() + task * width;
     for (int64_t begin = task * kTask; begin < std::min(n, (task + 1) * kTask); begin += kVectorChunk) {
       body(begin, std::min(n, begin + kVectorChunk), one);
       for (int64_t i = 0; i < width; ++i) sums[i] += static_cast<double>(one[i]);
     }
-  }
+  });
   std::fill(totals, totals + width, 0.0);
   for (int64_t task = 0; task < tasks; ++task) {
     for (int64_t i = 0; i < width; ++i) totals[i] += partial[static_cast<size_t>(task * width + i)];
