@@ -5,14 +5,21 @@
 namespace bw = bantamweight;
 namespace py = pybind11;
 
+// As KernelError, so that the command line shows it as the user's to mend and not as its own failure.
+[[noreturn]] static void raise_kernel_error(const std::string& sentence) {
+  const py::object type = py::module_::import("bantamweight.errors").attr("KernelError");
+  py::set_error(type, sentence.c_str());
+  throw py::error_already_set();
+}
+
 bw::Isa isa_or_raise(const char* name) {
   bw::Isa isa;
   if (*name == '\0') {
-    if (const char* why = bw::isa_ceiling(&isa)) throw py::value_error(why);
+    if (const char* why = bw::isa_ceiling(&isa)) raise_kernel_error(why);
     return isa;
   }
-  if (!bw::isa_from_name(name, &isa)) throw py::value_error(std::string("'") + name + "' names no kernel");
-  if (const char* missing = bw::isa_missing(isa)) throw py::value_error(std::string(name) + ": " + missing);
+  if (!bw::isa_from_name(name, &isa)) raise_kernel_error(std::string("'") + name + "' names no kernel");
+  if (const char* missing = bw::isa_missing(isa)) raise_kernel_error(std::string(name) + ": " + missing);
   return isa;
 }
 

@@ -20,7 +20,7 @@ T* as_pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Isa by name, or the ceiling of BANTAMWEIGHT_FORCE_KERNEL for an empty name; raises ValueError
+// Isa by name, or the ceiling of BANTAMWEIGHT_FORCE_KERNEL for an empty name; raises errors.KernelError
 // with the reason for a name that this CPU cannot run.
 bantamweight::Isa isa_or_raise(const char* name);
 

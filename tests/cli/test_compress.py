@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -435,3 +436,11 @@ def test_another_models_code_is_refused(job, capsys):
         file.write("\ndef other(): return nn.Sequential(nn.Flatten(), nn.Linear(128, 4))\n")
     said = refused(capsys, ["evaluate", "out", "--test", "test.npz", "--model", "net.py:other"])
     assert "out/model.safetensors" in said
+
+
+def test_a_forced_kernel_of_another_cpu_is_bad_input(job, capsys, monkeypatch):
+    other = "avx2" if platform.machine() == "aarch64" else "neon"
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", other)
+    assert main(arguments("--bits", "2")) == 2
+    assert f"BANTAMWEIGHT_FORCE_KERNEL={other} cannot run here" in capsys.readouterr().err
+    assert not os.path.exists("out/model.safetensors")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import _C
-from ..errors import KernelError
 from ..report.results import cpu_name
 
 FORCE = "BANTAMWEIGHT_FORCE_KERNEL"
@@ -72,10 +71,7 @@ def describe(info: dict[str, Any]) -> str:
 def _pick(variants: list[tuple[str, str]]) -> dict[str, str]:
     """State of every variant of an operation, best first; the first that may run is the one picked."""
     ranks = {name: rank for rank, (name, _) in enumerate(_C.isa_table())}
-    try:
-        ceiling = _C.isa_ceiling()
-    except ValueError as error:
-        raise KernelError(str(error)) from None
+    ceiling = _C.isa_ceiling()
     states: dict[str, str] = {}
     for name, missing in variants:
         if missing:

@@ -240,10 +240,7 @@ def padding_sides(
 
 
 def _select(shape: "_C.ConvShape", kernel: str | None) -> str:
-    try:
-        isa = _C.conv_select(shape, kernel or "")
-    except ValueError as error:
-        raise KernelError(str(error)) from None
+    isa = _C.conv_select(shape, kernel or "")
     if kernel is not None and isa != kernel:
         variants = _C.depthwise_variants() if shape.depthwise else _C.linear_variants()
         names = ", ".join(name for name, missing in variants if not missing)

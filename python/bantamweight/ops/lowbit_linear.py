@@ -41,15 +41,10 @@ def pack_linear(weight: QuantizedWeight, kernel: str | None = None) -> Tensor:
     Raises:
         KernelError: this CPU has no such kernel, or no kernel takes the weight.
     """
-    try:
-        isa = _C.linear_select(kernel or "")
-        if kernel is not None and isa != kernel:
-            names = [name for name, missing in _C.linear_variants() if not missing]
-            raise KernelError(f"kernel is {kernel!r}, but the linear kernels of this machine are {', '.join(names)}")
-    except KernelError:
-        raise
-    except ValueError as error:
-        raise KernelError(str(error)) from None
+    isa = _C.linear_select(kernel or "")
+    if kernel is not None and isa != kernel:
+        names = [name for name, missing in _C.linear_variants() if not missing]
+        raise KernelError(f"kernel is {kernel!r}, but the linear kernels of this machine are {', '.join(names)}")
     n, k = weight.out_features, weight.in_features
     # One group of a whole row may be written with any larger size; the kernels want the row's own.
     group_size = min(weight.group_size, max(k, 1))
