@@ -124,22 +124,18 @@ def weight_range(weight: Tensor, *, granularity: str, group_size: int, percentil
     return ranges
 
 
-def candidate_grid(
-    ranges: Tensor, chosen: Alphabet, factors: Sequence[float] | Tensor, zeros: Sequence[float] | None, group_size: int
-) -> Grid:
-    """All candidates side by side: candidate s of neuron n is column ``s * columns + n``.
+def candidate_grid(ranges: Tensor, chosen: Alphabet, factors: Sequence[float] | Tensor, group_size: int) -> Grid:
+    """Every C with every zero point, side by side: candidate s of neuron n is column ``s * columns + n``.
 
     Args:
         ranges: [problems, groups, columns] as `weight_range` gives them.
         factors: the values of C to try, or a tensor [candidates, problems, 1, columns] with each neuron's own.
-        zeros: the zero points to try with each of them; None for the alphabet's.
     """
     if not isinstance(factors, Tensor):
         factors = torch.tensor(list(factors), dtype=ranges.dtype, device=ranges.device).reshape(-1, 1, 1, 1)
-    zeros = chosen.zeros if zeros is None else zeros
     scale = (factors * (ranges / chosen.half)).clamp_min(_SMALLEST_STEP)  # [candidates, problems, groups, columns]
-    scales = torch.cat([scale] * len(zeros))
-    shifts = torch.cat([torch.full_like(scale, zero) for zero in zeros])
+    scales = torch.cat([scale] * len(chosen.zeros))
+    shifts = torch.cat([torch.full_like(scale, zero) for zero in chosen.zeros])
     return Grid(scale=_columns(scales), zero=_columns(shifts), levels=chosen.levels, group_size=group_size)
 
 

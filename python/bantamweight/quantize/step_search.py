@@ -58,7 +58,7 @@ def search_step(
 
     def solve_all(candidates: Tensor) -> tuple[Solution, Tensor]:
         """The best solution among `candidates` [count, problems, 1, neurons], and which of them it is."""
-        grid = candidate_grid(ranges, chosen, candidates, None, group_size)
+        grid = candidate_grid(ranges, chosen, candidates, group_size)
         codes = solve(grid)
         errors = problem.squared_errors(grid, codes, outputs, corrected=corrected)
         errors = errors.reshape(errors.shape[0], -1, problem.neurons)  # [problems, candidates x zeros, neurons]
