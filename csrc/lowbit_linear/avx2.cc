@@ -11,7 +11,7 @@
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
+#include "lowbit_linear/finish_avx2.h"
 
 namespace bantamweight {
 namespace {
@@ -135,37 +135,6 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
   }
 }
 
-// Adds group `group` of `row_count` rows to partial [row_count][16], or after the last group writes y.
-void finish_group(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count, const int32_t* sums,
-                  float* partial) {
-  const float* scale = task.scale + group * kBlockN;
-  const bool first = group == 0, last = group == task.groups - 1;
-  for (int64_t r = 0; r < row_count; ++r) {
-    const int32_t row_sum = task.row_sums[(first_row + r) * task.groups + group];
-    for (int half = 0; half < 2; ++half) {
-      const int64_t at = r * kBlockN + 8 * half;
-      __m256i s = load(sums + at);
-      __m256 out = first ? _mm256_setzero_ps() : _mm256_loadu_ps(partial + at);
-      if (task.zero_scale == nullptr) s = _mm256_sub_epi32(s, _mm256_set1_epi32(task.uniform_zero * row_sum));
-      out = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_loadu_ps(scale + 8 * half), out);
-      if (task.zero_scale != nullptr) {
-        const __m256 zero_scale = _mm256_loadu_ps(task.zero_scale + group * kBlockN + 8 * half);
-        out = _mm256_fnmadd_ps(zero_scale, _mm256_set1_ps(static_cast<float>(row_sum)), out);
-      }
-      if (!last) {
-        _mm256_storeu_ps(partial + at, out);
-        continue;
-      }
-      const int64_t valid = task.block_n_valid - 8 * half;
-      const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-      const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(valid)), lanes);
-      const __m256 bias = task.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(task.bias + 8 * half, mask);
-      float* y = task.y + (first_row + r) * task.ldy + 8 * half;
-      _mm256_maskstore_ps(y, mask, _mm256_fmadd_ps(out, _mm256_set1_ps(task.row_scale[first_row + r]), bias));
-    }
-  }
-}
-
 template <int kBits, int kRows>
 void run_rows(const TileTask& task, int64_t first_row) {
   alignas(32) int32_t sums[kRows * kBlockN];
@@ -178,7 +147,7 @@ void run_rows(const TileTask& task, int64_t first_row) {
       sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, first, sums);
       weight += steps * kStepBytes;
     }
-    finish_group(task, group, first_row, kRows, sums, partial);
+    finish_group<8, 2>(task, group, first_row, kRows, sums, partial);
   }
 }
 
@@ -194,14 +163,6 @@ void run_bits(const TileTask& task) {
     if constexpr (kMaxRows == 4) {
       if (count == 3) run_rows<kBits, 3>(task, row);
       if (count == 4) run_rows<kBits, 4>(task, row);
-    }
-  }
-}
-
-void write_bias(const TileTask& task) {
-  for (int64_t r = 0; r < task.row_count; ++r) {
-    for (int64_t n = 0; n < task.block_n_valid; ++n) {
-      task.y[r * task.ldy + n] = task.bias == nullptr ? 0.0f : task.bias[n];
     }
   }
 }

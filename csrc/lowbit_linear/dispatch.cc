@@ -13,9 +13,9 @@ namespace bantamweight {
 namespace {
 
 const VariantList<LinearKernel>& variants() {
-  static const VariantList<LinearKernel> list = {linear_kernel_amx(),          linear_kernel_avx512_vnni(),
-                                                 linear_kernel_avx2(),         linear_kernel_neon_i8mm(),
-                                                 linear_kernel_neon_dotprod(), linear_kernel_reference()};
+  static const VariantList<LinearKernel> list = {
+      linear_kernel_amx(),       linear_kernel_avx512_vnni(),  linear_kernel_avx_vnni(), linear_kernel_avx2(),
+      linear_kernel_neon_i8mm(), linear_kernel_neon_dotprod(), linear_kernel_reference()};
   return list;
 }
 

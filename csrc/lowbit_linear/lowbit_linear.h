@@ -121,6 +121,7 @@ const LinearKernel* linear_kernel(Isa isa);
 // One accessor a variant; each stands in its own file, and returns null where it was not compiled.
 const LinearKernel* linear_kernel_reference();
 const LinearKernel* linear_kernel_avx2();
+const LinearKernel* linear_kernel_avx_vnni();
 const LinearKernel* linear_kernel_avx512_vnni();
 const LinearKernel* linear_kernel_amx();
 const LinearKernel* linear_kernel_neon_dotprod();

@@ -20,6 +20,7 @@ namespace {
 
 struct Features {
   bool avx2 = false;
+  bool avx_vnni = false;
   bool avx512 = false;
   bool avx512_vnni = false;
   bool amx = false;
@@ -64,6 +65,7 @@ Features detect() {
   f.avx512_vnni = f.avx512 && ((c >> 11) & 1) && ((c >> 1) & 1);  // VNNI, VBMI
   f.amx_cpu = f.avx512_vnni && ((d >> 24) & 1) && ((d >> 25) & 1);
   f.amx = f.amx_cpu && tile_state && request_amx_state();
+  f.avx_vnni = f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ((a >> 4) & 1);
   return f;
 }
 
@@ -111,6 +113,8 @@ const char* isa_name(Isa isa) {
       return "reference";
     case Isa::avx2:
       return "avx2";
+    case Isa::avx_vnni:
+      return "avx_vnni";
     case Isa::avx512:
       return "avx512";
     case Isa::avx512_vnni:
@@ -138,6 +142,8 @@ const char* isa_missing(Isa isa) {
       return nullptr;
     case Isa::avx2:
       return f.avx2 ? nullptr : "the CPU lacks AVX2, FMA or F16C";
+    case Isa::avx_vnni:
+      return f.avx_vnni ? nullptr : "the CPU lacks AVX-VNNI";
     case Isa::avx512:
       return f.avx512 ? nullptr : "the CPU lacks AVX-512 F, BW, VL or DQ";
     case Isa::avx512_vnni:
@@ -177,10 +183,11 @@ const char* isa_ceiling(Isa* ceiling) {
     }
   }
   if (!isa_from_name(forced, ceiling)) {
-    std::snprintf(sentence, sizeof sentence,
-                  "BANTAMWEIGHT_FORCE_KERNEL=%.40s names no kernel; allowed are amx, avx512_vnni, avx512, avx2, "
-                  "neon_i8mm, neon_dotprod, neon and reference",
-                  forced);
+    std::snprintf(
+        sentence, sizeof sentence,
+        "BANTAMWEIGHT_FORCE_KERNEL=%.40s names no kernel; allowed are amx, avx512_vnni, avx512, avx_vnni, avx2, "
+        "neon_i8mm, neon_dotprod, neon and reference",
+        forced);
     return sentence;
   }
   if (const char* missing = isa_missing(*ceiling)) {

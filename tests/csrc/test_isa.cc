@@ -31,6 +31,7 @@ void every_isa_runs_or_says_why_not() {
   // A later instruction set of a family implies the earlier ones.
   CHECK(isa_missing(Isa::amx) != nullptr || isa_missing(Isa::avx512_vnni) == nullptr);
   CHECK(isa_missing(Isa::avx512_vnni) != nullptr || isa_missing(Isa::avx512) == nullptr);
+  CHECK(isa_missing(Isa::avx_vnni) != nullptr || isa_missing(Isa::avx2) == nullptr);
   CHECK(isa_missing(Isa::avx512) != nullptr || isa_missing(Isa::avx2) == nullptr);
   CHECK(isa_missing(Isa::neon_i8mm) != nullptr || isa_missing(Isa::neon_dotprod) == nullptr);
   CHECK(isa_missing(Isa::neon_dotprod) != nullptr || isa_missing(Isa::neon) == nullptr);
