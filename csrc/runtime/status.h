@@ -10,6 +10,7 @@ enum class Status : int {
   out_of_memory = 3,
   wrong_layout = 4,  // a packed buffer made by another version, for another kernel, or cut short
   not_finite = 5,    // NaN or infinity in the activations
+  out_of_range = 6,  // an index outside its table
 };
 
 inline const char* status_message(Status status) {
@@ -26,6 +27,8 @@ inline const char* status_message(Status status) {
       return "the packed weights were made by another version or for another CPU; load them again from the file";
     case Status::not_finite:
       return "the input holds NaN or infinity";
+    case Status::out_of_range:
+      return "an index is outside the table";
   }
   return "unknown status";
 }

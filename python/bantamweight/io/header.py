@@ -18,8 +18,8 @@ MAX_SIZE = 2**31 - 1  # of any dimension: what the kernels take
 class LayerRecord:
     """One quantized layer. `zero` is the zero of every group, or None where the file holds a tensor of them."""
 
-    kind: str  # "linear" or "conv2d"
-    shape: tuple[int, int]  # [out, in] of the codes
+    kind: str  # "linear", "conv2d" or "embedding"
+    shape: tuple[int, int]  # [out, in] of the codes; of an embedding [rows, columns]
     levels: int
     group_size: int
     packing: str
@@ -27,6 +27,7 @@ class LayerRecord:
     bias: bool = False
     activation_bits: int | None = None  # of the simulated form
     conv: ConvGeometry | None = None
+    padding_idx: int | None = None  # of an embedding
 
     @property
     def n_groups(self) -> int:
@@ -168,7 +169,7 @@ class _Check:
         unknown = sorted(set(raw) - {f.name for f in fields(LayerRecord)})
         if unknown:
             self.fail(f"{here}'s field {unknown[0]!r}", raw[unknown[0]], "absent in this version")
-        kind = self.choice(raw.get("kind"), f"{here}'s kind", ("linear", "conv2d"))
+        kind = self.choice(raw.get("kind"), f"{here}'s kind", ("linear", "conv2d", "embedding"))
         levels = self.integer(raw.get("levels"), f"{here}'s levels", 2, 256)
         zero = raw.get("zero")
         if zero is not None and (isinstance(zero, bool) or not isinstance(zero, int | float) or not abs(zero) < 3e38):
@@ -178,9 +179,13 @@ class _Check:
         activations = raw.get("activation_bits")
         if activations is not None and (isinstance(activations, bool) or activations != 8):
             self.fail(f"{here}'s activation_bits", activations, "8 or null")
+        shape = self.pair(raw.get("shape"), f"{here}'s shape", 0)
+        padding_idx = raw.get("padding_idx")
+        if padding_idx is not None:
+            padding_idx = self.integer(padding_idx, f"{here}'s padding_idx", 0, shape[0] - 1)
         return LayerRecord(
             kind=kind,
-            shape=self.pair(raw.get("shape"), f"{here}'s shape", 0),
+            shape=shape,
             levels=levels,
             group_size=self.integer(raw.get("group_size"), f"{here}'s group_size", 1),
             packing=self.choice(raw.get("packing"), f"{here}'s packing", (packing_for(levels).name,)),
@@ -188,6 +193,7 @@ class _Check:
             bias=raw.get("bias", False),
             activation_bits=activations,
             conv=self.conv(raw.get("conv"), here) if kind == "conv2d" else None,
+            padding_idx=padding_idx,
         )
 
     def conv(self, value: Any, here: str) -> ConvGeometry:

@@ -17,6 +17,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from ..errors import BantamweightError, FormatError
+from ..nn.embedding import PackedEmbedding, SimulatedEmbedding
 from ..nn.layer import QuantizedLayer
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
 from ..nn.swap import pack_
@@ -51,7 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
         weight = layer.quantized
         geometry = getattr(layer, "geometry", None)
         record = LayerRecord(
-            kind="linear" if geometry is None else "conv2d",
+            kind=_kind_of(layer),
             shape=(weight.out_features, weight.in_features),
             levels=weight.levels,
             group_size=weight.group_size,
@@ -60,6 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
             bias=layer.bias is not None,
             activation_bits=layer.activation_bits,
             conv=geometry,
+            padding_idx=getattr(layer, "padding_idx", None),
         )
         held = {"codes": pack_codes(weight.codes, weight.levels), "scale": weight.scale, "zero": weight.zero}
         if layer.bias is not None:
@@ -236,6 +238,8 @@ def _read_layer(file: _Reader, name: str, record: LayerRecord) -> QuantizedLayer
             group_size=record.group_size,
             levels=record.levels,
         )
+        if record.kind == "embedding":
+            return SimulatedEmbedding(weight, padding_idx=record.padding_idx)
         if record.conv is None:
             return SimulatedLinear(weight, held.get("bias"), activation_bits=record.activation_bits)
         return SimulatedConv2d(weight, held.get("bias"), activation_bits=record.activation_bits, **vars(record.conv))
@@ -251,7 +255,7 @@ def _target(model: nn.Module, name: str, record: LayerRecord, path: object) -> n
         raise FormatError(
             f"{path} has a layer {name!r}, which {type(model).__name__} lacks; pass the make_model() it was saved from"
         ) from None
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
         geometry = ConvGeometry.of(module) if isinstance(module, nn.Conv2d) else None
         shape = (module.weight.shape[0], math.prod(module.weight.shape[1:]))
     elif isinstance(module, QuantizedLayer):
@@ -262,10 +266,11 @@ def _target(model: nn.Module, name: str, record: LayerRecord, path: object) -> n
             f"{path} has a {record.kind} layer {name!r}, which in {type(model).__name__} is a {type(module).__name__}; "
             "pass the make_model() it was saved from"
         )
-    if shape != record.shape or geometry != record.conv:
+    kind = _kind_of(module)
+    if kind != record.kind or shape != record.shape or geometry != record.conv:
         raise FormatError(
-            f"{path}: layer {name!r} is {_shape_words(record.shape, record.conv)}, but the model's is "
-            f"{_shape_words(shape, geometry)}; pass the make_model() it was saved from"
+            f"{path}: layer {name!r} is {_shape_words(record.kind, record.shape, record.conv)}, but the model's is "
+            f"{_shape_words(kind, shape, geometry)}; pass the make_model() it was saved from"
         )
     return module
 
@@ -324,9 +329,15 @@ def _join(layer: str, part: str) -> str:
     return f"{layer}.{part}" if layer else part
 
 
-def _shape_words(shape: tuple[int, int], conv: ConvGeometry | None) -> str:
+def _kind_of(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Embedding | SimulatedEmbedding | PackedEmbedding):
+        return "embedding"
+    return "conv2d" if isinstance(layer, nn.Conv2d) or hasattr(layer, "geometry") else "linear"
+
+
+def _shape_words(kind: str, shape: tuple[int, int], conv: ConvGeometry | None) -> str:
     if conv is None:
-        return f"linear {shape[0]}x{shape[1]}"
+        return f"{kind} {shape[0]}x{shape[1]}"
     return f"conv2d of {shape[0]} channels out, {', '.join(f'{k} {v}' for k, v in vars(conv).items())}"
 
 

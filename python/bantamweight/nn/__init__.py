@@ -1,5 +1,6 @@
 """Quantized layers, simulated and packed, and the ways between them."""
 
+from .embedding import PackedEmbedding, SimulatedEmbedding
 from .fold import fold_batchnorm
 from .layer import QuantizedLayer
 from .packed import PackedConv2d, PackedLayer, PackedLinear
@@ -8,12 +9,14 @@ from .swap import PackedRecord, PackingReport, pack, pack_, unpack
 
 __all__ = [
     "PackedConv2d",
+    "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
     "PackedRecord",
     "PackingReport",
     "QuantizedLayer",
     "SimulatedConv2d",
+    "SimulatedEmbedding",
     "SimulatedLayer",
     "SimulatedLinear",
     "fold_batchnorm",

@@ -53,7 +53,7 @@ def weight_of(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
 
 
 class QuantizedLayer(nn.Module):
-    """Base of the four quantized layers. `form` is "simulated" or "packed"."""
+    """Base of the quantized layers. `form` is "simulated" or "packed"."""
 
     form: str
     bias: Tensor | None

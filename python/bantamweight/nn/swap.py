@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import BantamweightError
+from .embedding import PackedEmbedding, SimulatedEmbedding
 from .layer import QuantizedLayer
 from .packed import PackedConv2d, PackedLayer, PackedLinear
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
@@ -111,12 +112,16 @@ def unpack(model: M) -> M:
 def _packed(layer: SimulatedLayer) -> PackedLayer:
     if isinstance(layer, SimulatedConv2d):
         return PackedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
+    if isinstance(layer, SimulatedEmbedding):
+        return PackedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
     return PackedLinear(layer.quantized, layer.bias)
 
 
 def _simulated(layer: PackedLayer) -> SimulatedLayer:
     if isinstance(layer, PackedConv2d):
         return SimulatedConv2d(layer.quantized, layer.bias, activation_bits=8, **vars(layer.geometry))
+    if isinstance(layer, PackedEmbedding):
+        return SimulatedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
     return SimulatedLinear(layer.quantized, layer.bias, activation_bits=8)
 
 

@@ -8,6 +8,7 @@ import sys
 from types import ModuleType
 
 from .driver import preset, quantize, quantize_
+from .embedding_table import quantize_embedding
 from .gpfq import GPFQ
 from .method import LayerwiseMethod
 from .report import LayerReport, QuantizationReport, SkippedLayer
@@ -23,6 +24,7 @@ __all__ = [
     "preset",
     "quantize",
     "quantize_",
+    "quantize_embedding",
 ]
 
 

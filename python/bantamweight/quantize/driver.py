@@ -13,8 +13,11 @@ from tqdm import tqdm
 
 from ..errors import BantamweightError
 from ..nn import fold
+from ..nn.embedding import SimulatedEmbedding
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
+from ..weights import QuantizedWeight
 from .calibrate import Batch, Streams, TargetLayer, build_problem, call_tensors, collect_batches
+from .embedding_table import quantize_embedding
 from .gpfq import GPFQ
 from .method import LayerResult, LayerwiseMethod
 from .report import LayerReport, QuantizationReport, SkippedLayer
@@ -33,6 +36,7 @@ def quantize(
     ignore: Iterable[str] = (),
     overrides: Mapping[str, LayerwiseMethod | None] | None = None,
     layers: Iterable[str] | None = None,
+    embeddings: LayerwiseMethod | None = None,
     fold_batchnorm: bool = True,
     resume: str | os.PathLike[str] | None = None,
     strict: bool = False,
@@ -58,6 +62,8 @@ def quantize(
         ignore: layers to leave in float: names, names of modules that contain them, or regular expressions.
         overrides: other configs for some layers, by the same patterns; None leaves the layer in float.
         layers: if given, only these, by the same patterns.
+        embeddings: the config whose grid nn.Embedding tables are rounded to, row by row, before any layer is
+            calibrated: ``RoundToNearest(bits=8)``, say. None leaves them in float; an override by name has precedence.
         fold_batchnorm: fold each batch normalization into the layer before it first.
         resume: a folder to keep finished layers in; the same call goes on where an earlier one was stopped and gives
             the same result.
@@ -93,12 +99,17 @@ def quantize(
     folded: Sequence[str] = ()
     if fold_batchnorm:
         analog, folded = fold.fold_batchnorm(analog)
-    selection = select_layers(analog, config, ignore=ignore, overrides=overrides, layers=layers, strict=strict)
+    selection = select_layers(
+        analog, config, ignore=ignore, overrides=overrides, layers=layers, embeddings=embeddings, strict=strict
+    )
     with torch.no_grad():
         batches = collect_batches(analog, calibration, held_out=config.held_out, seed=config.seed)
         run = _Run(analog, selection, batches, _resume_folder(resume, analog, selection, batches))
         with tqdm(
-            total=len(selection.layers), desc="quantize", unit="layer", disable=None if progress else True
+            total=len(selection.layers) + len(selection.tables),
+            desc="quantize",
+            unit="layer",
+            disable=None if progress else True,
         ) as bar:
             mode = run.go(bar, max_memory)
     never = [
@@ -181,14 +192,28 @@ class _Run:
     def go(self, bar: tqdm, max_memory: int) -> str:
         """Visits every layer that the data reaches; returns how."""
         self.bar = bar
+        for name, table in self.selection.tables.items():
+            self.round_table(name, table)
         layers = self.selection.layers
         # A bare layer has no graph around it.
         graph = None if "" in layers else trace(self.analog, layers.values(), self.batches[0])
         if graph is not None:
             # Tracing may have put constants on the network.
+            tables = {name: self.quantized.get_submodule(name) for name in self.selection.tables}
             self.quantized = copy.deepcopy(self.analog)
+            for name, table in tables.items():
+                self._put(name, table)
             try:
-                walk_graph(graph, self.analog, self.quantized, self.batches, layers, self.visit, max_memory)
+                walk_graph(
+                    graph,
+                    self.analog,
+                    self.quantized,
+                    self.batches,
+                    layers,
+                    self.visit,
+                    max_memory,
+                    changed=set(tables),
+                )
                 return "graph"
             except TooMuchMemoryError:
                 layers = {name: layer for name, layer in layers.items() if name not in self.reports}
@@ -208,27 +233,45 @@ class _Run:
             if self.resume is not None:
                 self.resume.store(name, result)
         self._replace(name, layer, result, config)
-        weight = result.weight
+        notes = (*result.notes, f"called {calls} times, calibrated on the first") if calls > 1 else result.notes
+        seconds = 0.0 if restored else time.perf_counter() - started
+        self._report(name, layer, result.weight, result.error, notes, seconds)
+        self.bar.update()
+
+    def round_table(self, name: str, table: nn.Embedding) -> None:
+        """Quantizes an embedding table and puts it in place."""
+        started = time.perf_counter()
+        self.bar.set_postfix_str(name)
+        weight, error = quantize_embedding(table, self.selection.configs[name])
+        simulated = SimulatedEmbedding.from_float(table, weight)
+        self._put(name, simulated.to(device=table.weight.device, dtype=table.weight.dtype).eval())
+        self._report(name, table, weight, error, (), time.perf_counter() - started)
+        self.bar.update()
+
+    def _report(
+        self, name: str, layer: nn.Module, weight: QuantizedWeight, error: float, notes: tuple[str, ...], seconds: float
+    ) -> None:
         self.reports[name] = LayerReport(
             name=name,
             kind=type(layer).__name__,
-            shape=tuple(layer.weight.shape),
+            shape=tuple(layer.weight.shape),  # type: ignore[arg-type, union-attr]
             scheme=weight.scheme,
             bits=weight.bits,
             levels=weight.levels,
             group_size=weight.group_size if weight.n_groups > 1 else None,
-            error=result.error,
-            notes=(*result.notes, f"called {calls} times, calibrated on the first") if calls > 1 else result.notes,
-            seconds=0.0 if restored else time.perf_counter() - started,
+            error=error,
+            notes=notes,
+            seconds=seconds,
         )
-        self.bar.update()
 
     def _replace(self, name: str, layer: TargetLayer, result: LayerResult, config: LayerwiseMethod) -> None:
         device, dtype = layer.weight.device, layer.weight.dtype
         bias = None if result.bias is None else result.bias.to(dtype)
         kind = SimulatedLinear if isinstance(layer, nn.Linear) else SimulatedConv2d
         simulated = kind.from_float(layer, result.weight, bias, activation_bits=config.activation_bits)  # type: ignore[arg-type]
-        simulated = simulated.to(device=device, dtype=dtype).eval()
+        self._put(name, simulated.to(device=device, dtype=dtype).eval())
+
+    def _put(self, name: str, simulated: nn.Module) -> None:
         # A module that is used under several names is replaced under all of them.
         original = self.quantized.get_submodule(name) if name else self.quantized
         modules = list(self.quantized.named_modules(remove_duplicate=False))

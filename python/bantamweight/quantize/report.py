@@ -14,7 +14,7 @@ class LayerReport:
         shape: of its weight.
         scheme: of its quantized weight, such as ``W4-g128``.
         bits, levels, group_size: of the codes; group_size None for one step a channel.
-        error: ||X W - X~ Q|| / ||X W|| on held-out calibration data.
+        error: ||X W - X~ Q|| / ||X W|| on held-out calibration data; ||W - Q|| / ||W|| of an embedding table.
         notes: what the method did beyond the config's letter.
         seconds: spent on the layer, calibration statistics included; 0 for a layer taken from a resumed run.
     """

@@ -29,6 +29,7 @@ class Selection:
     """The layers to quantize with their configs, and the others."""
 
     layers: dict[str, TargetLayer]
+    tables: dict[str, nn.Embedding]
     configs: dict[str, LayerwiseMethod]
     skipped: tuple[SkippedLayer, ...]
 
@@ -40,9 +41,10 @@ def select_layers(
     ignore: Iterable[str],
     overrides: Mapping[str, LayerwiseMethod | None],
     layers: Iterable[str] | None,
+    embeddings: LayerwiseMethod | None = None,
     strict: bool,
 ) -> Selection:
-    """Picks the linear and 2d convolution layers.
+    """Picks the linear and 2d convolution layers, and with `embeddings` (their config) the embedding tables.
 
     A pattern is a name, the name of a module that contains the layer, or a regular expression for the whole name.
 
@@ -52,6 +54,7 @@ def select_layers(
         UnsupportedLayerError: a layer of a kind that cannot be quantized, with `strict`.
     """
     chosen: dict[str, TargetLayer] = {}
+    tables: dict[str, nn.Embedding] = {}
     configs: dict[str, LayerwiseMethod] = {}
     skipped: list[SkippedLayer] = []
     patterns = {
@@ -69,7 +72,8 @@ def select_layers(
 
     for name, module in model.named_modules():
         kind = type(module).__name__
-        supported = _is_target(module)
+        is_table = embeddings is not None and _is_table(module)
+        supported = is_table or _is_target(module)
         if not supported and not isinstance(module, _UNSUPPORTED):
             continue
         ignored, override, listed = find("ignore", name), find("overrides", name), find("layers", name)
@@ -84,30 +88,37 @@ def select_layers(
                 raise UnsupportedLayerError(
                     f"layer '{name}' is a {kind}, which cannot be quantized; add it to ignore, or leave strict off"
                 )
-            skipped.append(SkippedLayer(name=name, kind=kind, reason=f"a {kind} cannot be quantized"))
+            reason = "embeddings is None" if _is_table(module) else f"a {kind} cannot be quantized"
+            skipped.append(SkippedLayer(name=name, kind=kind, reason=reason))
         else:
-            assert isinstance(module, nn.Linear | nn.Conv2d)
+            assert isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
             if module.weight.numel() == 0:
                 skipped.append(SkippedLayer(name=name, kind=kind, reason="its weight is empty"))
                 continue
-            for part, tensor in (("weight", module.weight), ("bias", module.bias)):
+            for part, tensor in (("weight", module.weight), ("bias", getattr(module, "bias", None))):
                 if tensor is not None and not bool(torch.isfinite(tensor).all()):
                     raise BantamweightError(
                         f"the {part} of layer '{name}' holds NaN or infinity; load trained weights that are finite, "
                         "or add the layer to ignore"
                     )
-            chosen[name] = module
-            configs[name] = (overrides[override] if override is not None else None) or config
+            special = overrides[override] if override is not None else None
+            if isinstance(module, nn.Embedding):
+                tables[name] = module
+                assert embeddings is not None
+                configs[name] = special or embeddings
+            else:
+                chosen[name] = module
+                configs[name] = special or config
     if unused:
         argument, pattern = min(unused)
         raise BantamweightError(
             f"{argument} names '{pattern}', which fits no layer; layers are {_some(chosen, skipped)}"
         )
-    if not chosen:
+    if not chosen and not tables:
         raise BantamweightError(
             "the model has no linear or 2d convolution layer left to quantize; pass another model, or ignore fewer"
         )
-    return Selection(layers=chosen, configs=configs, skipped=tuple(skipped))
+    return Selection(layers=chosen, tables=tables, configs=configs, skipped=tuple(skipped))
 
 
 def _is_target(module: nn.Module) -> bool:
@@ -115,6 +126,13 @@ def _is_target(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
     return isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward
+
+
+def _is_table(module: nn.Module) -> bool:
+    """An embedding that gathers rows and does nothing to them."""
+    if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
+        return False
+    return module.max_norm is None
 
 
 def _fits(argument: str, pattern: str, name: str) -> bool:

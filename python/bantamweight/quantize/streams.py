@@ -63,8 +63,12 @@ def walk_graph(
     layers: dict[str, TargetLayer],
     visit: Visit,
     max_memory: int,
+    changed: Iterable[str] = (),
 ) -> None:
     """Visits the layers in the order of the graph; `visit` changes `quantized` as it goes.
+
+    Args:
+        changed: modules in which the networks differ already.
 
     Raises:
         TooMuchMemoryError: the live values outgrew `max_memory` bytes; the layers visited so far stay quantized.
@@ -76,9 +80,9 @@ def walk_graph(
     # Per node and stream the values of all batches; one list serves both streams where they do not differ.
     alive: dict[fx.Node, tuple[list[Any], list[Any]]] = {}
     inputs = [_bind(graph, batch) for batch in batches]
-    changed: set[str] = set()
+    differing = set(changed)
     for node in order:
-        if node.op == "output" or not (left or changed):
+        if node.op == "output" or not left:
             return
         if node.op == "placeholder":
             values = [bound[node] for bound in inputs]
@@ -90,10 +94,10 @@ def walk_graph(
                 rows = sum(input_rows(layers[name], x.shape) for x, _, _ in streams)
                 visit(name, streams, rows, calls[name])
                 left.discard(name)
-                changed.add(name)
+                differing.add(name)
                 if not left:
                     return
-            split = node.op == "call_module" and name in changed
+            split = node.op == "call_module" and name in differing
             split = split or any(alive[used][0] is not alive[used][1] for used in node.all_input_nodes)
             first = [_execute(node, analog, alive, 0, index) for index in range(len(batches))]
             second = [_execute(node, quantized, alive, 1, index) for index in range(len(batches))] if split else first
