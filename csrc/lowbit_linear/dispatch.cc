@@ -1,12 +1,10 @@
-// The linear layer: checks, variants, and the way from float rows to float rows.
+// The linear layer: checks, variants, and the packed buffer.
 #include <algorithm>
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include "lowbit_linear/lowbit_linear.h"
-#include "quantize_activations/quantize_activations.h"
-#include "runtime/scratch.h"
 #include "runtime/variants.h"
 
 namespace bantamweight {
@@ -78,6 +76,13 @@ Status read(const void* layout, int64_t bytes, LinearHeader* header, PackedView*
 }
 
 }  // namespace
+
+Status linear_read(const void* layout, int64_t layout_bytes, LinearShape* shape, PackedView* view) {
+  LinearHeader header;
+  const Status status = read(layout, layout_bytes, &header, view);
+  if (status == Status::ok) *shape = {header.n, header.k, header.bits, header.group_size};
+  return status;
+}
 
 const LinearKernel* linear_kernel(Isa isa) { return variants().find(isa); }
 
@@ -154,47 +159,6 @@ Status linear_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, f
     scale[n] = wide_scale[static_cast<size_t>(n * view.groups)];
     zero[n] = wide_zero[static_cast<size_t>(n * view.groups)];
   }
-  return Status::ok;
-} catch (const std::bad_alloc&) {
-  return Status::out_of_memory;
-}
-
-Status linear_forward(const void* layout, int64_t layout_bytes, const float* x, int64_t ldx, int64_t m,
-                      const float* bias, float* y, int64_t ldy) try {
-  LinearHeader header;
-  PackedView view;
-  const Status status = read(layout, layout_bytes, &header, &view);
-  if (status != Status::ok) return status;
-  if (m < 0 || ldx < header.k || ldy < header.n) return Status::invalid_argument;
-  if (m == 0 || header.n == 0) return Status::ok;
-
-  const int64_t row_bytes = padded_row_bytes(header.k);
-  ScratchPlan plan;
-  const int64_t q_at = plan.add<int8_t>(m * row_bytes + kRowAlign);
-  const int64_t scale_at = plan.add<float>(m);
-  const int64_t sums_at = plan.add<int32_t>(m * view.groups);
-  const int64_t rows_at = plan.add<const int8_t*>(m);
-  thread_local Scratch scratch;
-  uint8_t* memory = scratch.get(plan.bytes());
-  if (memory == nullptr) return Status::out_of_memory;
-  auto* q = reinterpret_cast<int8_t*>(memory + q_at);
-  auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
-  auto* sums = reinterpret_cast<int32_t*>(memory + sums_at);
-  auto** rows = reinterpret_cast<const int8_t**>(memory + rows_at);
-
-  QuantizeRowsArgs args;
-  args.x = x;
-  args.ldx = ldx;
-  args.m = m;
-  args.k = header.k;
-  args.group_size = std::min(header.group_size, kMaxGroupK);
-  args.q = q;
-  args.scale = row_scale;
-  args.sums = sums;
-  const Status quantized = quantize_rows(args, view.kernel->isa);
-  if (quantized != Status::ok) return quantized;
-  for (int64_t r = 0; r < m; ++r) rows[r] = q + r * row_bytes;
-  packed_view_run(view, rows, row_scale, sums, m, bias, y, ldy);
   return Status::ok;
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;

@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "epilogue/epilogue.h"
+#include "quantize_activations/quantize_activations.h"
 #include "runtime/isa.h"
 #include "runtime/status.h"
 
@@ -52,13 +54,20 @@ Status linear_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, f
 // Checks the header and reads the shape and the kernel out of a packed buffer.
 Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa);
 
-// y = x W^T + bias with x quantized to int8 on the way in. Threads: OpenMP's current setting.
-Status linear_forward(const void* layout, int64_t layout_bytes,
-                      const float* x,  // [m, k], rows ldx floats apart
-                      int64_t ldx, int64_t m,
-                      const float* bias,  // [n] or null
-                      float* y,           // out [m, n], rows ldy floats apart
-                      int64_t ldy);
+struct LinearArgs {
+  const float* x = nullptr;  // [m, k], rows ldx floats apart; null to take `rows`
+  int64_t ldx = 0;
+  QuantizedRows rows;  // instead of x: m rows of k that were rounded before
+  int64_t m = 0;
+  const float* bias = nullptr;  // [n] or null
+  Epilogue epilogue;
+  float* y = nullptr;  // out [m, n], rows ldy floats apart
+  int64_t ldy = 0;
+};
+
+// y = activation(x W^T + bias) + residual, with x rounded to int8 on the way in. Threads: OpenMP's
+// current setting.
+Status linear_forward(const void* layout, int64_t layout_bytes, const LinearArgs& args);
 
 // ---------------------------------------------------------------------------------------------
 // What the variants and the convolution share: one inner kernel over rows given by pointers.
@@ -153,9 +162,13 @@ void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t 
 Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t bytes, PackedView* view);
 void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero);
 
-// Every row against every channel, in chunks shared out over OpenMP's threads.
+// The shape and the view of a buffer that linear_pack filled; wrong_layout if it is none.
+Status linear_read(const void* layout, int64_t layout_bytes, LinearShape* shape, PackedView* view);
+
+// Every row against every channel, in chunks shared out over OpenMP's threads; the epilogue follows
+// each chunk while its outputs are in the cache.
 void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
-                     int64_t row_count, const float* bias, float* y, int64_t ldy);
+                     int64_t row_count, const float* bias, float* y, int64_t ldy, const Epilogue& epilogue = {});
 
 // The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias and y
 // are those of channel 0.

@@ -170,18 +170,23 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
 }
 
 void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
-                     int64_t row_count, const float* bias, float* y, int64_t ldy) {
+                     int64_t row_count, const float* bias, float* y, int64_t ldy, const Epilogue& epilogue) {
   // A chunk is some rows, whose activations stay in L2, against some blocks, whose codes stay there
   // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
   // two, so that one which was preempted holds the others up little.
-  constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10;
+  constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10, kOutputBytes = 512 << 10;
   constexpr int64_t kMinMacs = 1 << 17, kMaxMacs = 1 << 28;
   // Below this, about 2 us of work, waking a second thread costs as much as it saves.
   constexpr int64_t kMinParallelMacs = 1 << 19;
   const int64_t block_n = view.kernel->block_n, blocks = blocks_of(*view.kernel, view.n);
   int64_t k = 0;
   for (int64_t p = 0; p < view.piece_count; ++p) k += view.pieces[p].k_size;
-  const int64_t rows_fit = std::max<int64_t>(64, kActivationBytes / std::max<int64_t>(1, k) / 64 * 64);
+  int64_t rows_fit = std::max<int64_t>(64, kActivationBytes / std::max<int64_t>(1, k) / 64 * 64);
+  const EpilogueKernel* epilogue_of_chunk = nullptr;
+  if (!epilogue.empty()) {  // which reads the outputs again: they stay in L2, too
+    epilogue_of_chunk = epilogue_kernel(view.kernel->isa);
+    rows_fit = std::clamp<int64_t>(kOutputBytes / std::max<int64_t>(1, 4 * view.n) / 32 * 32, 32, rows_fit);
+  }
   const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
   const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
   const int64_t total = macs_per_block * blocks * row_chunks;
@@ -195,9 +200,15 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   const auto run_chunk = [&](int64_t c) {
     const int64_t row_begin = c / block_chunks * rows_fit, block_begin = c % block_chunks * blocks_per_chunk;
     const int64_t block_end = std::min(blocks, block_begin + blocks_per_chunk);
-    packed_view_run_blocks(view, rows + row_begin, row_scale + row_begin, row_sums + row_begin * view.groups,
-                           std::min(rows_fit, row_count - row_begin), bias, y + row_begin * ldy, ldy, block_begin,
-                           block_end);
+    const int64_t rows_here = std::min(rows_fit, row_count - row_begin);
+    packed_view_run_blocks(view, rows + row_begin, row_scale + row_begin, row_sums + row_begin * view.groups, rows_here,
+                           bias, y + row_begin * ldy, ldy, block_begin, block_end);
+    if (epilogue_of_chunk == nullptr) return;
+    const int64_t first = block_begin * block_n;
+    EpilogueArgs args = {y + row_begin * ldy + first, ldy, rows_here, std::min(view.n, block_end * block_n) - first,
+                         epilogue};
+    if (epilogue.residual != nullptr) args.epilogue.residual += row_begin * epilogue.ldr + first;
+    epilogue_of_chunk->run(args);
   };
   for_each_shared(chunks, threads > 1, run_chunk);
 }

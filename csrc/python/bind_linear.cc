@@ -62,8 +62,14 @@ void bind_linear(py::module_& module) {
   module.def("linear_forward", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t x, int64_t ldx, int64_t m,
                                   std::uintptr_t bias, std::uintptr_t y, int64_t ldy) {
     py::gil_scoped_release unlocked;
-    return static_cast<int>(bw::linear_forward(as_pointer<void>(layout), layout_bytes, as_pointer<float>(x), ldx, m,
-                                               as_pointer<float>(bias), as_pointer<float>(y), ldy));
+    bw::LinearArgs args;
+    args.x = as_pointer<float>(x);
+    args.ldx = ldx;
+    args.m = m;
+    args.bias = as_pointer<float>(bias);
+    args.y = as_pointer<float>(y);
+    args.ldy = ldy;
+    return static_cast<int>(bw::linear_forward(as_pointer<void>(layout), layout_bytes, args));
   });
   module.def("padded_row_bytes", &bw::padded_row_bytes, "Bytes from one int8 activation row to the next");
   module.def("quantize_rows", [](std::uintptr_t x, int64_t ldx, int64_t m, int64_t k, int64_t group_size,

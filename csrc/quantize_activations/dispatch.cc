@@ -22,6 +22,16 @@ constexpr int64_t kFloatsPerThread = 65536;
 
 const Isa* quantize_rows_variants(std::size_t* count) { return variants().isas(count); }
 
+void sum_rows(const int8_t* q, int64_t m, int64_t k, int64_t group_size, int32_t* sums) {
+  for (int64_t r = 0; r < m; ++r, q += padded_row_bytes(k)) {
+    for (int64_t begin = 0; begin < k; begin += group_size) {
+      int32_t sum = 0;
+      for (int64_t i = begin; i < std::min(k, begin + group_size); ++i) sum += q[i];
+      *sums++ = sum;
+    }
+  }
+}
+
 Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
   if (args.m < 0 || args.k < 0 || args.ldx < args.k || (args.k > 0 && args.group_size <= 0)) {
     return Status::invalid_argument;

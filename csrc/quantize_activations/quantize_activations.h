@@ -18,6 +18,14 @@ constexpr int64_t kRowAlign = 64;
 
 inline int64_t padded_row_bytes(int64_t k) { return (k + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
+// Rows that were rounded before, as quantize_rows leaves them.
+struct QuantizedRows {
+  const int8_t* q = nullptr;      // [m, padded_row_bytes(k)], and kRowAlign bytes more that may be read
+  const float* scale = nullptr;   // [m]
+  const int32_t* sums = nullptr;  // [m, ceil(k / group_size)]
+  int64_t group_size = 0;
+};
+
 struct QuantizeRowsArgs {
   const float* x;  // [m, k], rows ldx floats apart
   int64_t ldx;
@@ -27,6 +35,9 @@ struct QuantizeRowsArgs {
   float* scale;        // out [m]
   int32_t* sums;       // out [m, groups], the sums of q over each group
 };
+
+// sums[m, g] of rows that were rounded with other groups.
+void sum_rows(const int8_t* q, int64_t m, int64_t k, int64_t group_size, int32_t* sums);
 
 // Returns Status::not_finite (and writes nothing that may be used) if any x is NaN or infinite.
 Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling);

@@ -68,10 +68,22 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 constexpr float kUntouched = -12345.5f;
 
+Status run_forward(const void* layout, int64_t layout_bytes, const float* x, int64_t ldx, int64_t m, const float* bias,
+                   float* y, int64_t ldy) {
+  LinearArgs args;
+  args.x = x;
+  args.ldx = ldx;
+  args.m = m;
+  args.bias = bias;
+  args.y = y;
+  args.ldy = ldy;
+  return linear_forward(layout, layout_bytes, args);
+}
+
 std::vector<float> forward(const Layout& layout, const LinearShape& s, const float* x, int64_t ldx, int64_t m,
                            const float* bias, int64_t ldy) {
   std::vector<float> y(static_cast<size_t>(m * ldy), kUntouched);
-  CHECK(linear_forward(layout.data(), layout.bytes(), x, ldx, m, bias, y.data(), ldy) == Status::ok);
+  CHECK(run_forward(layout.data(), layout.bytes(), x, ldx, m, bias, y.data(), ldy) == Status::ok);
   for (int64_t r = 0; r < m; ++r) {
     for (int64_t i = s.n; i < ldy; ++i) CHECK(y[static_cast<size_t>(r * ldy + i)] == kUntouched);
   }
@@ -288,7 +300,7 @@ void bad_input(Isa isa) {
   Layout layout(w, isa);
   std::vector<float> x(2 * 37, 1.0f), y(2 * 19);
   const auto run = [&](int64_t bytes) {
-    return linear_forward(layout.data(), bytes, x.data(), 37, 2, nullptr, y.data(), 19);
+    return run_forward(layout.data(), bytes, x.data(), 37, 2, nullptr, y.data(), 19);
   };
   CHECK(run(layout.bytes()) == Status::ok);
 
@@ -323,7 +335,7 @@ void bad_input(Isa isa) {
   CHECK(run(layout.bytes()) == Status::ok);
 
   const auto strides = [&](int64_t ldx, int64_t m, int64_t ldy) {
-    return linear_forward(layout.data(), layout.bytes(), x.data(), ldx, m, nullptr, y.data(), ldy);
+    return run_forward(layout.data(), layout.bytes(), x.data(), ldx, m, nullptr, y.data(), ldy);
   };
   CHECK(strides(36, 2, 19) == Status::invalid_argument);
   CHECK(strides(37, 2, 18) == Status::invalid_argument);
@@ -336,6 +348,60 @@ void bad_input(Isa isa) {
   }
   CHECK(linear_pack(shape, isa, w.codes.data(), w.scale.data(), w.zero.data(), layout.data(), layout.bytes() - 1) ==
         Status::invalid_argument);
+}
+
+// Activation and residual give what the epilogue's reference makes of the bare outputs, and rows that
+// were rounded before, with sums of these groups or of others, what the float rows give.
+void fused(Isa isa) {
+  check::Random random(11);
+  for (const Case& c : {Case{1, 70, 65, 65}, Case{3, 19, 37, 8}, Case{37, 130, 96, 32}, Case{70, 5000, 40, 40}}) {
+    const LinearShape shape = {c.n, c.k, 4, c.group_size};
+    const Weights w = make_weights(shape, Zeros::uniform, random);
+    const Layout layout(w, isa);
+    std::vector<float> x(static_cast<size_t>(c.m * c.k)), residual(static_cast<size_t>(c.m * (c.n + 3)));
+    std::vector<float> bias(static_cast<size_t>(c.n));
+    for (auto* values : {&x, &residual, &bias}) {
+      for (float& v : *values) v = random.uniform();
+    }
+    const std::vector<float> bare = forward(layout, shape, x.data(), c.k, c.m, bias.data(), c.n + 1);
+    LinearArgs args;
+    args.x = x.data();
+    args.ldx = c.k;
+    args.m = c.m;
+    args.bias = bias.data();
+    args.ldy = c.n + 1;
+    for (int activation = 0; activation < kActivationCount; ++activation) {
+      for (const float* added : {static_cast<const float*>(nullptr), static_cast<const float*>(residual.data())}) {
+        args.epilogue = {static_cast<Activation>(activation), added, c.n + 3};
+        std::vector<float> expected = bare, y(bare.size(), kUntouched);
+        epilogue_reference()->run({expected.data(), c.n + 1, c.m, c.n, args.epilogue});
+        args.y = y.data();
+        CHECK(linear_forward(layout.data(), layout.bytes(), args) == Status::ok);
+        CHECK_NOTE(same_bits(y, expected), "%s: activation %d, m=%d n=%d", isa_name(isa), activation,
+                   static_cast<int>(c.m), static_cast<int>(c.n));
+      }
+    }
+    args.epilogue = {Activation::none, residual.data(), c.n - 1};
+    CHECK(linear_forward(layout.data(), layout.bytes(), args) == Status::invalid_argument);
+    args.epilogue = {};
+
+    for (int64_t group_size : {c.group_size, int64_t{7}}) {
+      const int64_t groups = (c.k + group_size - 1) / group_size;
+      std::vector<int8_t> q(static_cast<size_t>(c.m * padded_row_bytes(c.k) + kRowAlign));
+      std::vector<float> scale(static_cast<size_t>(c.m));
+      std::vector<int32_t> sums(static_cast<size_t>(c.m * groups));
+      CHECK(quantize_rows({x.data(), c.k, c.m, c.k, group_size, q.data(), scale.data(), sums.data()}, isa) ==
+            Status::ok);
+      std::vector<float> y(bare.size(), kUntouched);
+      args.x = nullptr;
+      args.rows = {q.data(), scale.data(), sums.data(), group_size};
+      args.y = y.data();
+      CHECK(linear_forward(layout.data(), layout.bytes(), args) == Status::ok);
+      CHECK_NOTE(same_bits(y, bare), "%s: rounded rows, groups of %d", isa_name(isa), static_cast<int>(group_size));
+    }
+    args.rows = {};
+    CHECK(linear_forward(layout.data(), layout.bytes(), args) == Status::invalid_argument);
+  }
 }
 
 // The environment's ceiling picks this variant, and no other, for a new layer.
@@ -370,6 +436,7 @@ int main() {
     over_awkward_shapes(isas[i]);
     at_the_largest_sums(isas[i]);
     over_pieces(isas[i]);
+    fused(isas[i]);
     bad_input(isas[i]);
     forced_ran = true;
     std::printf("  %-12s %s\n", isa_name(isas[i]),
