@@ -1,13 +1,12 @@
-// From float images to float images: quantize some images, then share tasks of output pixels by
-// output channels out over OpenMP's threads.
+// The multiplication, shared out over OpenMP's threads in tasks of output pixels by output channels;
+// and the way from float images to float images.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
-#include <numeric>
 #include <vector>
 
-#include "lowbit_conv/conv_layout.h"
+#include "lowbit_conv/conv_plan.h"
 #include "quantize_images/quantize_images.h"
 #include "runtime/scratch.h"
 #include "runtime/threads.h"
@@ -17,97 +16,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One int32 of a padded pixel's slice sums that an output pixel's group sum takes in.
-struct SumEntry {
-  int64_t offset;  // from the output pixel's first padded pixel, in slice sums
-  int64_t group;
-};
-
-// What is the same for every task of a call.
-struct Plan {
-  ConvLayout layout;
-  ConvInput input;
-  const float* bias;
-  float* y;
-  int64_t padded_h, padded_w, out_h, out_w;
-  int64_t groups;                 // int32 sums an output pixel and channel group
-  std::vector<PackedView> views;  // one a channel group, with this image's pieces
-  std::vector<KPiece> pieces;
-  std::vector<TapPair> pairs;     // depthwise
-  std::vector<KPiece> runs;       // what each task copies together; empty where rows are used as they lie
-  bool wants_sums = false;        // some zero is not 0
-  int64_t slice_size = 0;         // channels a slice sum; 0 where no slice sums are wanted
-  std::vector<SumEntry> entries;  // group-major; the same for every channel group but for a shift
-
-  int64_t image_bytes() const { return padded_h * padded_w * layout.run.in_channels; }
-  int64_t slices() const { return slice_size == 0 ? 0 : layout.run.in_channels / slice_size; }
-  int64_t image_rows() const { return out_h * out_w; }
-};
-
-Status plan_views(Plan* plan) {
-  const ConvShape& s = plan->layout.run;
-  const int64_t row_bytes = plan->padded_w * s.in_channels;
-  plan->pieces = conv_pieces(s, plan->layout.isa, row_bytes);
-  if (conv_copies_rows(s, plan->layout.isa)) plan->runs = conv_runs(s, row_bytes);
-  plan->views.resize(static_cast<size_t>(s.groups));
-  for (int64_t g = 0; g < s.groups; ++g) {
-    PackedView& view = plan->views[static_cast<size_t>(g)];
-    const Status status = conv_view_read(plan->layout, g, plan->pieces, &view);
-    if (status != Status::ok) return status;
-    view.pieces = plan->pieces.data();
-    plan->wants_sums = plan->wants_sums || view.zero_scale != nullptr || view.uniform_zero != 0;
-  }
-  if (!plan->wants_sums || !plan->runs.empty()) return Status::ok;
-
-  // Sums over slices that no group and no pixel boundary cuts.
-  const int64_t depth = s.in_channels / s.groups, group = conv_summed_group(s);
-  plan->slice_size = plan->groups == 1 ? depth : std::gcd(depth, group);
-  const int64_t slices = plan->slices();
-  for (int64_t k = 0; k < s.k(); k += plan->slice_size) {
-    const int64_t tap = k / depth, slice = k % depth / plan->slice_size;
-    const int64_t ky = tap / s.kernel_w, kx = tap % s.kernel_w;
-    plan->entries.push_back({(ky * s.dilation_h * plan->padded_w + kx * s.dilation_w) * slices + slice, k / group});
-  }
-  return Status::ok;
-}
-
-Status make_plan(const void* layout, int64_t layout_bytes, const ConvInput& input, const float* bias, float* y,
-                 Plan* plan) {
-  const Status status = conv_layout_read(layout, layout_bytes, &plan->layout);
-  if (status != Status::ok) return status;
-  const ConvShape& s = plan->layout.run;
-  constexpr int64_t kMaxExtent = int64_t{1} << 24;
-  if (input.images < 0 || input.height < 0 || input.width < 0 || input.height > kMaxExtent ||
-      input.width > kMaxExtent) {
-    return Status::invalid_argument;
-  }
-  plan->input = input;
-  plan->bias = bias;
-  plan->y = y;
-  plan->padded_h = s.pad_top + input.height + s.pad_bottom;
-  plan->padded_w = s.pad_left + input.width + s.pad_right;
-  if (plan->padded_h <= s.dilation_h * (s.kernel_h - 1) || plan->padded_w <= s.dilation_w * (s.kernel_w - 1)) {
-    return Status::invalid_argument;
-  }
-  if (plan->padded_h > (int64_t{1} << 40) / plan->padded_w / s.in_channels) return Status::out_of_memory;
-  plan->out_h = conv_out_height(s, input.height);
-  plan->out_w = conv_out_width(s, input.width);
-  plan->groups = conv_summed_groups(s);
-  if (s.depthwise()) {
-    plan->pairs = conv_tap_pairs(s, plan->padded_w * s.in_channels);
-    return Status::ok;
-  }
-  return plan_views(plan);
-}
-
-// Some images after quantization.
-struct Quantized {
-  int64_t first, count;  // images
-  const int8_t* q;
-  const float* scale;
-  const int32_t* sums;
-};
-
 // Output pixels [begin, end) of the quantized images, counted over all of them.
 struct RowRange {
   int64_t begin, end;
@@ -116,7 +24,7 @@ struct RowRange {
 // Calls visit(image, padded pixel under the first output pixel, number of output pixels, index of
 // the first in the range) for each stretch of the range that lies in one output row.
 template <class Visit>
-void for_each_stretch(const Plan& plan, RowRange range, Visit visit) {
+void for_each_stretch(const ConvPlan& plan, RowRange range, Visit visit) {
   const ConvShape& s = plan.layout.run;
   for (int64_t row = range.begin; row < range.end;) {
     const int64_t image = row / plan.image_rows(), in_image = row % plan.image_rows();
@@ -127,7 +35,7 @@ void for_each_stretch(const Plan& plan, RowRange range, Visit visit) {
   }
 }
 
-void point_at_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t first_channel,
+void point_at_rows(const ConvPlan& plan, const ConvActivations& images, RowRange range, int64_t first_channel,
                    const int8_t** rows, float* row_scale) {
   const int64_t channels = plan.layout.run.in_channels, step = plan.layout.run.stride_w * channels;
   for_each_stretch(plan, range, [&](int64_t image, int64_t pixel, int64_t count, int64_t at) {
@@ -157,7 +65,8 @@ void sum_boxes(const std::vector<SumEntry>& entries, const int32_t* from, int64_
 }
 
 // sums [rows of the range][groups]: box sums of the slice sums.
-void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t channel_group, int32_t* sums) {
+void sum_rows(const ConvPlan& plan, const ConvActivations& images, RowRange range, int64_t channel_group,
+              int32_t* sums) {
   const int64_t groups = plan.groups, slices = plan.slices();
   std::fill(sums, sums + (range.end - range.begin) * groups, 0);
   if (slices == 0) return;
@@ -178,7 +87,7 @@ void sum_rows(const Plan& plan, const Quantized& images, RowRange range, int64_t
 
 // Copies the runs of each row together and points the row at its copy. Whole 16-byte words are copied:
 // what lies behind a run is overwritten by the next run or row, or meets no code.
-void copy_rows(const Plan& plan, int64_t row_count, int64_t stride, int8_t* copies, const int8_t** rows) {
+void copy_rows(const ConvPlan& plan, int64_t row_count, int64_t stride, int8_t* copies, const int8_t** rows) {
   for (int64_t r = 0; r < row_count; ++r) {
     int8_t* to = copies + r * stride;
     for (const KPiece& run : plan.runs) {
@@ -190,7 +99,7 @@ void copy_rows(const Plan& plan, int64_t row_count, int64_t stride, int8_t* copi
 }
 
 // sums [row_count][groups] of copied rows; their pieces are the groups.
-void sum_copies(const Plan& plan, const int8_t* copies, int64_t row_count, int64_t stride, int32_t* sums) {
+void sum_copies(const ConvPlan& plan, const int8_t* copies, int64_t row_count, int64_t stride, int32_t* sums) {
   if (!plan.wants_sums) {
     std::fill(sums, sums + row_count * plan.groups, 0);
     return;
@@ -210,7 +119,7 @@ struct Tasks {
   int64_t count() const { return row_chunks * block_chunks * channel_groups; }
 };
 
-Tasks cut(const Plan& plan, int64_t rows) {
+Tasks cut(const ConvPlan& plan, int64_t rows) {
   // A task is about two million multiply-adds: enough to pay for its row pointers and sums, and
   // small enough that a thread which was preempted holds the others up little.
   constexpr int64_t kRows = 256, kMacsPerTask = int64_t{2} << 20;
@@ -234,11 +143,12 @@ Tasks cut(const Plan& plan, int64_t rows) {
   return tasks;
 }
 
-Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, int64_t index) {
+Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks& tasks, int64_t index,
+                const float* bias, float* y) {
   const ConvShape& s = plan.layout.run;
   const int64_t block_chunk = index % tasks.block_chunks, rest = index / tasks.block_chunks;
   const int64_t channel_group = rest % tasks.channel_groups, row_chunk = rest / tasks.channel_groups;
-  const int64_t all_rows = images.count * plan.image_rows();
+  const int64_t all_rows = images.images * plan.image_rows();
   const RowRange range = {row_chunk * tasks.rows_per_task, std::min(all_rows, (row_chunk + 1) * tasks.rows_per_task)};
   const int64_t row_count = range.end - range.begin;
 
@@ -253,10 +163,9 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
   if (memory == nullptr) return Status::out_of_memory;
   auto** rows = reinterpret_cast<const int8_t**>(memory + rows_at);
   auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
-  auto* sums = reinterpret_cast<int32_t*>(memory + sums_at);
+  auto* row_sums = reinterpret_cast<int32_t*>(memory + sums_at);
 
-  const int64_t depth = s.in_channels / s.groups;
-  float* y = plan.y + (images.first * plan.image_rows() + range.begin) * s.out_channels;
+  y += range.begin * s.out_channels;
   if (s.depthwise()) {
     point_at_rows(plan, images, range, 0, rows, row_scale);
     DepthwiseTask task;
@@ -271,76 +180,62 @@ Status run_task(const Plan& plan, const Quantized& images, const Tasks& tasks, i
     task.rows = rows;
     task.row_scale = row_scale;
     task.row_count = row_count;
-    task.bias = plan.bias;
+    task.bias = bias;
     task.y = y;
     task.ldy = s.out_channels;
     depthwise_pick(plan.layout.isa)->run(task);
     return Status::ok;
   }
-  point_at_rows(plan, images, range, channel_group * depth, rows, row_scale);
-  if (plan.runs.empty()) {
-    sum_rows(plan, images, range, channel_group, sums);
+  const float* scales = row_scale;
+  const int32_t* sums = row_sums;
+  if (plan.by_pixel) {
+    for (int64_t r = 0; r < row_count; ++r) rows[r] = images.q + (range.begin + r) * plan.pixel_bytes();
+    scales = images.scale + range.begin;
+    sums = images.sums + range.begin * plan.groups;
   } else {
-    auto* copies = reinterpret_cast<int8_t*>(memory + copies_at);
-    copy_rows(plan, row_count, copy_stride, copies, rows);
-    sum_copies(plan, copies, row_count, copy_stride, sums);
+    point_at_rows(plan, images, range, channel_group * (s.in_channels / s.groups), rows, row_scale);
+    if (plan.runs.empty()) {
+      sum_rows(plan, images, range, channel_group, row_sums);
+    } else {
+      auto* copies = reinterpret_cast<int8_t*>(memory + copies_at);
+      copy_rows(plan, row_count, copy_stride, copies, rows);
+      sum_copies(plan, copies, row_count, copy_stride, row_sums);
+    }
   }
   const PackedView& view = plan.views[static_cast<size_t>(channel_group)];
   const int64_t first_channel = channel_group * view.n, blocks = ceil_div(view.n, view.kernel->block_n);
   const int64_t block_begin = block_chunk * tasks.blocks_per_task;
-  packed_view_run_blocks(view, rows, row_scale, sums, row_count,
-                         plan.bias == nullptr ? nullptr : plan.bias + first_channel, y + first_channel, s.out_channels,
-                         block_begin, std::min(blocks, block_begin + tasks.blocks_per_task));
+  packed_view_run_blocks(view, rows, scales, sums, row_count, bias == nullptr ? nullptr : bias + first_channel,
+                         y + first_channel, s.out_channels, block_begin,
+                         std::min(blocks, block_begin + tasks.blocks_per_task));
   return Status::ok;
 }
 
-Status run_images(const Plan& plan, int64_t first, int64_t count) {
-  const ConvShape& s = plan.layout.run;
-  const int64_t pixels = count * plan.padded_h * plan.padded_w;
-  ScratchPlan sizes;
-  const int64_t q_at = sizes.add<int8_t>(pixels * s.in_channels + 64);  // kernels read 64 bytes past a row
-  const int64_t scale_at = sizes.add<float>(count);
-  const int64_t sums_at = sizes.add<int32_t>(pixels * plan.slices());
+Status run_images(const ConvPlan& plan, const ConvInput& input, const float* bias, float* y) {
   thread_local Scratch scratch;
-  uint8_t* memory = scratch.get(sizes.bytes());
+  uint8_t* memory = scratch.get(conv_prepared_bytes(plan, input.images));
   if (memory == nullptr) return Status::out_of_memory;
+  ConvActivations activations;
+  const Status status = conv_prepare(plan, input, memory, &activations);
+  return status == Status::ok ? conv_multiply(plan, activations, bias, y) : status;
+}
 
-  QuantizeImagesArgs args;
-  args.x = plan.input.x + first * plan.input.stride_n;
-  args.images = count;
-  args.channels = s.in_channels;
-  args.height = plan.input.height;
-  args.width = plan.input.width;
-  args.stride_n = plan.input.stride_n;
-  args.stride_c = plan.input.stride_c;
-  args.stride_h = plan.input.stride_h;
-  args.stride_w = plan.input.stride_w;
-  args.pad_top = s.pad_top;
-  args.pad_bottom = s.pad_bottom;
-  args.pad_left = s.pad_left;
-  args.pad_right = s.pad_right;
-  args.slice_size = plan.slice_size == 0 ? s.in_channels : plan.slice_size;
-  args.q = reinterpret_cast<int8_t*>(memory + q_at);
-  args.scale = reinterpret_cast<float*>(memory + scale_at);
-  args.sums = plan.slice_size == 0 ? nullptr : reinterpret_cast<int32_t*>(memory + sums_at);
-  const Status quantized = quantize_images(args, plan.layout.isa);
-  if (quantized != Status::ok) return quantized;
+}  // namespace
 
-  const Quantized images = {first, count, args.q, args.scale, args.sums};
-  const Tasks tasks = cut(plan, count * plan.image_rows());
+Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias, float* y) {
+  const Tasks tasks = cut(plan, activations.images * plan.image_rows());
   std::atomic<int> worst{static_cast<int>(Status::ok)};
   for_each_shared(tasks.count(), tasks.worth_threads, [&](int64_t i) {
-    const Status status = run_task(plan, images, tasks, i);
+    const Status status = run_task(plan, activations, tasks, i, bias, y);
     if (status != Status::ok) worst.store(static_cast<int>(status));
   });
   return static_cast<Status>(worst.load());
 }
 
-}  // namespace
-
-Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& input, const float* bias, float* y) try {
-  Plan plan;
-  const Status status = make_plan(layout, layout_bytes, input, bias, y, &plan);
+Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& input, const float* bias, float* y) {
+  if (input.images < 0) return Status::invalid_argument;
+  ConvPlan plan;
+  const Status status = conv_plan(layout, layout_bytes, input.height, input.width, &plan);
   if (status != Status::ok) return status;
   if (input.images == 0) return Status::ok;
 
@@ -352,19 +247,16 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const int64_t per_batch = std::min(fit, ceil_div(input.images, threads));
   const int64_t batches = ceil_div(input.images, per_batch);
   const bool spread = batches % threads == 0 || batches >= 4 * threads;
-  const int64_t work = input.images * (plan.image_bytes() + plan.image_rows() * plan.layout.run.out_channels);
+  const int64_t work = input.images * (plan.image_bytes() + plan.out_floats());
   std::atomic<int> worst{static_cast<int>(Status::ok)};
   for_each_shared(batches, spread && work > (1 << 17), [&](int64_t b) {
-    Status done = Status::out_of_memory;
-    try {
-      done = run_images(plan, b * per_batch, std::min(per_batch, input.images - b * per_batch));
-    } catch (const std::bad_alloc&) {
-    }
+    ConvInput part = input;
+    part.x += b * per_batch * input.stride_n;
+    part.images = std::min(per_batch, input.images - b * per_batch);
+    const Status done = run_images(plan, part, bias, y + b * per_batch * plan.out_floats());
     if (done != Status::ok) worst.store(static_cast<int>(done));
   });
   return static_cast<Status>(worst.load());
-} catch (const std::bad_alloc&) {
-  return Status::out_of_memory;
 }
 
 }  // namespace bantamweight

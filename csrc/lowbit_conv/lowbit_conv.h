@@ -2,8 +2,9 @@
 //
 // The input is rounded once to int8 NHWC with its padding written in (quantize_images.h). An output
 // pixel's row is then a pointer to its top left input pixel; the pieces of K are the kernel's rows
-// (or taps, where dilation or channel groups break the run of bytes). Depthwise convolutions go to
-// a kernel of their own (depthwise_conv.h).
+// (or taps, where dilation or channel groups break the run of bytes). A 1x1 convolution is a linear
+// layer over pixels, each with a scale of its own. Depthwise convolutions go to a kernel of their own
+// (depthwise_conv.h).
 //
 // A packed weight is one flat, position-independent buffer, as in lowbit_linear.h: never on disk.
 #pragma once
@@ -27,6 +28,10 @@ struct ConvShape {
 
   int64_t k() const { return kernel_h * kernel_w * (in_channels / groups); }
   bool depthwise() const { return groups > 1 && groups == in_channels && groups == out_channels; }
+  // A linear layer over the channels of each pixel, whose activations are rounded pixel by pixel.
+  bool by_pixel() const {
+    return kernel_h == 1 && kernel_w == 1 && groups == 1 && pad_top + pad_bottom + pad_left + pad_right == 0;
+  }
 };
 
 // Output pixels along each axis for an input of h x w; below 1 if the kernel does not fit.

@@ -5,10 +5,7 @@
 #include <cstring>
 
 #include "quantize_images/quantize_images.h"
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
+#include "runtime/threads.h"
 #include "runtime/variants.h"
 
 namespace bantamweight {
@@ -22,14 +19,6 @@ const VariantList<QuantizeImagesKernel>& variants() {
 
 // Below this many floats a second thread costs more than it saves.
 constexpr int64_t kFloatsPerThread = 65536;
-
-int64_t team_size() {
-#if defined(_OPENMP)
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
 
 // An image as nested loops, innermost first, with loops that follow one another in memory merged.
 struct Runs {
@@ -100,6 +89,37 @@ void quantize_padded_row(const QuantizeImagesKernel& kernel, const QuantizeImage
     kernel.sum_slices(row.q, a.width * slices, a.slice_size, a.slice_size, sums + a.pad_left * slices, 1);
 }
 
+// False if a float of the image is not finite.
+bool quantize_image(const QuantizeImagesKernel& kernel, const QuantizeImagesArgs& a, const Runs& runs, int64_t image,
+                    bool share) {
+  const int64_t floats = a.channels * a.height * a.width;
+  const int64_t chunks = share ? std::max<int64_t>(1, floats / kFloatsPerThread) : 1;
+  std::atomic<uint32_t> max_bits{0};  // bits order like the magnitudes they stand for
+  for_each_shared(chunks, share, [&](int64_t c) {
+    const uint32_t found = absmax_of_chunk(kernel, runs, a.x + image * a.stride_n, c, chunks);
+    uint32_t before = max_bits.load();
+    while (before < found && !max_bits.compare_exchange_weak(before, found)) {
+    }
+  });
+  const uint32_t bits = max_bits.load();
+  float max;
+  std::memcpy(&max, &bits, sizeof max);
+  const bool finite = std::isfinite(max);
+  // A maximum so small that 127 / max overflows is as good as zero.
+  const bool zero_image = !finite || !std::isfinite(127.0f / max);
+  const float to_code = zero_image ? 0.0f : 127.0f / max;
+  // Back over the rows that were just seen, last first: those are still in L2.
+  const int64_t height = a.pad_top + a.height + a.pad_bottom, strips = share ? 4 * available_threads() : 1;
+  for_each_shared(strips, share, [&](int64_t i) {
+    const int64_t strip = strips - 1 - i;
+    for (int64_t y = height * (strip + 1) / strips; y-- > height * strip / strips;) {
+      quantize_padded_row(kernel, a, image, y, to_code);
+    }
+  });
+  a.scale[image] = zero_image ? 0.0f : max / 127.0f;
+  return finite;
+}
+
 }  // namespace
 
 const Isa* quantize_images_variants(std::size_t* count) { return variants().isas(count); }
@@ -115,43 +135,13 @@ Status quantize_images(const QuantizeImagesArgs& args, Isa ceiling) {
   const QuantizeImagesKernel& kernel = quantize_images_pick(ceiling);
   const Runs runs = runs_of(args);
   const int64_t floats = args.channels * args.height * args.width;
-  const int64_t chunks = std::max<int64_t>(1, floats / kFloatsPerThread);
-  const int64_t height = args.pad_top + args.height + args.pad_bottom;
+  // Whole images to each thread, or else a part of each image.
+  const bool spread = args.images >= available_threads() && args.images * floats >= 2 * kFloatsPerThread;
+  const bool share = !spread && floats >= 2 * kFloatsPerThread;
   std::atomic<bool> finite{true};
-
-#pragma omp parallel if (args.images * floats >= 2 * kFloatsPerThread)
-  for (int64_t image = 0; image < args.images; ++image) {
-    // The maximum lies in `scale` as bits until the image's rows are done; bits order like the
-    // floats they stand for.
-    auto* shared = reinterpret_cast<uint32_t*>(args.scale + image);
-#pragma omp single
-    *shared = 0;
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < chunks; ++c) {
-      const uint32_t max = absmax_of_chunk(kernel, runs, args.x + image * args.stride_n, c, chunks);
-#pragma omp critical(bantamweight_image_absmax)
-      *shared = std::max(*shared, max);
-    }
-    float max;
-    std::memcpy(&max, shared, sizeof max);
-    if (!std::isfinite(max)) {
-      finite.store(false);
-      max = 0.0f;
-    }
-    // A maximum so small that 127 / max overflows is as good as zero.
-    const bool zero_image = !std::isfinite(127.0f / max);
-    const float to_code = zero_image ? 0.0f : 127.0f / max;
-    // Each thread goes back over the rows it has just seen, last first: those are still in its L2.
-    const int64_t parts = team_size();
-#pragma omp for schedule(static)
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int64_t y = height * (part + 1) / parts; y-- > height * part / parts;) {
-        quantize_padded_row(kernel, args, image, y, to_code);
-      }
-    }
-#pragma omp single
-    args.scale[image] = zero_image ? 0.0f : max / 127.0f;
-  }
+  for_each_shared(args.images, spread, [&](int64_t image) {
+    if (!quantize_image(kernel, args, runs, image, share)) finite.store(false);
+  });
   return finite.load() ? Status::ok : Status::not_finite;
 }
 

@@ -220,6 +220,15 @@ class ConvGeometry:
         return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
     @property
+    def rounded_together(self) -> tuple[int, ...]:
+        """The dimensions of an input [n, c, h, w] that share one int8 scale in the packed form.
+
+        A 1x1 convolution is a linear layer over pixels, and each pixel has a scale of its own; else an image has one.
+        """
+        padded = self.padding_mode == "zeros" and any(self.sides)
+        return (-3,) if self.kernel_size == (1, 1) and self.groups == 1 and not padded else (-3, -2, -1)
+
+    @property
     def sides(self) -> tuple[int, int, int, int]:
         """Padding left, right, top and bottom, as torch.nn.functional.pad orders it."""
         if not isinstance(self.padding, str):

@@ -179,6 +179,17 @@ std::vector<float> forward(const Weights& w, const Images& images, bool bias, Is
 std::vector<double> exact(const Weights& w, const Images& images, bool bias) {
   const ConvShape& s = w.shape;
   const QuantizedImages q = quantize(images, 0, images.channels, Isa::reference);
+  // As the kernels see it: rounded image by image, or pixel by pixel.
+  const auto activations = [&](int64_t n, int64_t h, int64_t w, int64_t c) {
+    if (!s.by_pixel()) {
+      const auto at = static_cast<size_t>(((n * images.height + h) * images.width + w) * images.channels + c);
+      return static_cast<double>(q.q[at]) * static_cast<double>(q.scale[static_cast<size_t>(n)]);
+    }
+    float max = 0.0f;
+    for (int64_t i = 0; i < images.channels; ++i) max = std::max(max, std::fabs(images.at(n, i, h, w)));
+    return std::nearbyint(static_cast<double>(images.at(n, c, h, w) * (127.0f / max))) *
+           static_cast<double>(max / 127.0f);
+  };
   const int64_t out_h = conv_out_height(s, images.height), out_w = conv_out_width(s, images.width);
   const int64_t depth = s.in_channels / s.groups, per_group = s.out_channels / s.groups, groups = w.groups();
   std::vector<double> y;
@@ -194,11 +205,9 @@ std::vector<double> exact(const Weights& w, const Images& images, bool bias) {
             if (h < 0 || h >= images.height || x < 0 || x >= images.width) continue;
             const auto at = static_cast<size_t>(o * groups + k / s.group_size);
             const double code = w.codes[static_cast<size_t>(o * s.k() + k)];
-            sum += w.scale[at] * (code - static_cast<double>(w.zero[at])) *
-                   q.q[static_cast<size_t>(((n * images.height + h) * images.width + x) * images.channels + c)];
+            sum += w.scale[at] * (code - static_cast<double>(w.zero[at])) * activations(n, h, x, c);
           }
-          y.push_back(sum * static_cast<double>(q.scale[static_cast<size_t>(n)]) +
-                      (bias ? w.bias[static_cast<size_t>(o)] : 0.0f));
+          y.push_back(sum + (bias ? w.bias[static_cast<size_t>(o)] : 0.0f));
         }
       }
     }
@@ -215,16 +224,17 @@ ConvShape draw_shape(check::Random& random, bool depthwise) {
   s.in_channels = depthwise ? s.groups : s.groups * pick({1, 2, 3, 16, 21, 64});
   s.out_channels = depthwise ? s.groups : s.groups * pick({1, 2, 16, 31, 65});
   if (!depthwise && s.depthwise()) s.out_channels *= 2;
-  s.kernel_h = pick({1, 2, 3, 5});
-  s.kernel_w = pick({1, 2, 3, 4});
+  const bool by_pixel = !depthwise && random.below(5) == 0;
+  s.kernel_h = by_pixel ? 1 : pick({1, 2, 3, 5});
+  s.kernel_w = by_pixel ? 1 : pick({1, 2, 3, 4});
   s.stride_h = pick({1, 1, 2, 3});
   s.stride_w = pick({1, 1, 2});
   s.dilation_h = pick({1, 1, 2});
   s.dilation_w = pick({1, 1, 3});
-  s.pad_top = pick({0, 1, 2});
-  s.pad_bottom = pick({0, 1, 2});
-  s.pad_left = pick({0, 1, 2});
-  s.pad_right = pick({0, 1, 2});
+  s.pad_top = by_pixel ? 0 : pick({0, 1, 2});
+  s.pad_bottom = by_pixel ? 0 : pick({0, 1, 2});
+  s.pad_left = by_pixel ? 0 : pick({0, 1, 2});
+  s.pad_right = by_pixel ? 0 : pick({0, 1, 2});
   s.bits = pick({2, 3, 4, 8});
   s.group_size = pick({s.k(), s.k(), 3, 16, 32});
   return s;

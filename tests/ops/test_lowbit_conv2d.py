@@ -8,7 +8,7 @@ import torch
 from bantamweight import _C, QuantizedWeight
 from bantamweight.errors import BantamweightError, KernelError
 from bantamweight.ops.lowbit_conv2d import describe_conv2d, lowbit_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
-from bantamweight.weights import conv_weight
+from bantamweight.weights import ConvGeometry, conv_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -111,7 +111,10 @@ def cases(draw: st.DrawFn, depthwise: bool = False) -> Case:
 def exact(case: Case) -> tuple[Tensor, Tensor]:
     """The definition in float64 over the rounded activations, and the sum of the magnitudes it adds up."""
     x, w = case.x, case.weight
-    maximum = x.abs().amax((1, 2, 3), keepdim=True)
+    geometry = ConvGeometry(
+        in_channels=case.in_channels, kernel_size=case.kernel_size, padding=case.padding, groups=case.groups
+    )
+    maximum = x.abs().amax(geometry.rounded_together, keepdim=True)
     to_code = torch.tensor(127.0) / maximum  # a plain number would be multiplied by the reciprocal
     activations = torch.round(x * to_code).double()
     group = torch.arange(w.in_features) // w.group_size
@@ -119,8 +122,8 @@ def exact(case: Case) -> tuple[Tensor, Tensor]:
 
     def convolve(x: Tensor, matrix: Tensor) -> Tensor:
         weight = conv_weight(matrix, *case.kernel_size)
-        y = F.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.groups)
-        return y * (maximum / 127.0).double()
+        x = x * (maximum / 127.0).double()
+        return F.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.groups)
 
     bias = torch.zeros(1) if case.bias is None else case.bias.view(1, -1, 1, 1)
     y = convolve(activations, scale * (codes - zero)) + bias.double()

@@ -204,7 +204,7 @@ class SimulatedConv2d(SimulatedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            x = simulate_int8(x, (-3, -2, -1))
+            x = simulate_int8(x, self.geometry.rounded_together)
         if self.padding_mode == "zeros":
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         x = F.pad(x, self.geometry.sides, mode=self.padding_mode)

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812  (the name every torch user k
 
 from ..errors import CalibrationError
 from ..nn.simulated import simulate_int8
-from ..weights import conv_matrix
+from ..weights import ConvGeometry, conv_matrix
 from .layer_problem import LayerProblem, ProblemBuilder
 from .method import LayerwiseMethod, layer_seed
 
@@ -141,7 +141,8 @@ def build_problem(
             held_out = torch.randperm(analog.shape[0], generator=generator) < aside_count
         aside = held_out[drawn // (count // analog.shape[0])] if count else drawn.bool()
         if config.activation_bits is not None:
-            quantized = simulate_int8(quantized, (-1,) if isinstance(layer, nn.Linear) else (-3, -2, -1))
+            dims = (-1,) if isinstance(layer, nn.Linear) else ConvGeometry.of(layer).rounded_together
+            quantized = simulate_int8(quantized, dims)
         gather = _gather_patches if isinstance(layer, nn.Conv2d) else _gather_rows
         chunk = max(1, _CHUNK_FLOATS // max(1, weight.shape[0] * weight.shape[1]))
         for which, is_held_out in ((drawn[~aside], False), (drawn[aside], True)):

@@ -1,0 +1,68 @@
+// A convolution of images of one size in three steps that other code may put together anew: plan,
+// prepare the activations, multiply.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "lowbit_conv/conv_layout.h"
+#include "lowbit_conv/lowbit_conv.h"
+#include "runtime/status.h"
+
+namespace bantamweight {
+
+// One int32 of a padded pixel's slice sums that an output pixel's group sum takes in.
+struct SumEntry {
+  int64_t offset;  // from the output pixel's first padded pixel, in slice sums
+  int64_t group;
+};
+
+// What is the same for every call on images of one size. Movable; the views point into it.
+struct ConvPlan {
+  ConvLayout layout;
+  int64_t height = 0, width = 0;  // of the input
+  int64_t padded_h = 0, padded_w = 0, out_h = 0, out_w = 0;
+  int64_t groups = 0;             // int32 sums an output pixel and channel group
+  bool by_pixel = false;          // each pixel has a scale of its own, and only those that are used are kept
+  std::vector<PackedView> views;  // one a channel group, with this image's pieces
+  std::vector<KPiece> pieces;
+  std::vector<TapPair> pairs;     // depthwise
+  std::vector<KPiece> runs;       // what each task copies together; empty where rows are used as they lie
+  bool wants_sums = false;        // some zero is not 0
+  int64_t slice_size = 0;         // channels a slice sum; 0 where no slice sums are wanted
+  std::vector<SumEntry> entries;  // group-major; the same for every channel group but for a shift
+
+  ConvPlan() = default;
+  ConvPlan(const ConvPlan&) = delete;
+  ConvPlan& operator=(const ConvPlan&) = delete;
+  ConvPlan(ConvPlan&&) = default;
+  ConvPlan& operator=(ConvPlan&&) = default;
+
+  int64_t padded_pixels() const { return padded_h * padded_w; }
+  int64_t slices() const { return slice_size == 0 ? 0 : layout.run.in_channels / slice_size; }
+  int64_t image_rows() const { return out_h * out_w; }
+  int64_t out_floats() const { return image_rows() * layout.run.out_channels; }
+  int64_t pixel_bytes() const;  // of q
+  int64_t image_bytes() const { return (by_pixel ? image_rows() : padded_pixels()) * pixel_bytes(); }
+};
+
+Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64_t width, ConvPlan* plan);
+
+// Some images as the kernels read them.
+struct ConvActivations {
+  int64_t images;
+  const int8_t* q;      // [images, padded_h, padded_w, channels]; by pixel: [images * image_rows, pixel_bytes]
+  const float* scale;   // [images]; by pixel: [images * image_rows]
+  const int32_t* sums;  // slice sums of q; by pixel: [images * image_rows][groups]
+};
+
+// Bytes, a multiple of 64, that conv_prepare takes for so many images.
+int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images);
+
+// input: of the plan's size. Threads: OpenMP's current setting.
+Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out);
+
+// y [images, out_h, out_w, out_channels].
+Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias, float* y);
+
+}  // namespace bantamweight

@@ -1,0 +1,117 @@
+// Float images to the int8 activations of a convolution.
+#include <algorithm>
+#include <atomic>
+
+#include "lowbit_conv/conv_plan.h"
+#include "quantize_activations/quantize_activations.h"
+#include "quantize_images/quantize_images.h"
+#include "runtime/scratch.h"
+#include "runtime/threads.h"
+
+namespace bantamweight {
+namespace {
+
+struct Parts {
+  int64_t q, scale, sums, end;
+};
+
+Parts parts_of(const ConvPlan& plan, int64_t images) {
+  ScratchPlan sizes;
+  Parts at;
+  at.q = sizes.add<int8_t>(images * plan.image_bytes() + 64);  // kernels read 64 bytes past a row
+  if (plan.by_pixel) {
+    at.scale = sizes.add<float>(images * plan.image_rows());
+    at.sums = sizes.add<int32_t>(images * plan.image_rows() * plan.groups);
+  } else {
+    at.scale = sizes.add<float>(images);
+    at.sums = sizes.add<int32_t>(images * plan.padded_pixels() * plan.slices());
+  }
+  at.end = sizes.bytes();
+  return at;
+}
+
+// Pixel by pixel: the rows of a linear layer, those that the stride leaves out left out.
+Status quantize_pixels(const ConvPlan& plan, const ConvInput& in, int8_t* q, float* scale, int32_t* sums) {
+  const ConvShape& s = plan.layout.run;
+  QuantizeRowsArgs args;
+  args.k = s.in_channels;
+  args.group_size = conv_summed_group(s);
+  args.ldx = s.stride_w * in.stride_w;
+  const bool pixels_in_turn = in.stride_c == 1 && args.ldx >= args.k;
+  const bool rows_in_turn = s.stride_h * in.stride_h == plan.out_w * args.ldx;
+  const bool images_in_turn = in.images == 1 || in.stride_n == plan.out_h * s.stride_h * in.stride_h;
+  if (pixels_in_turn && rows_in_turn && images_in_turn) {
+    args.x = in.x;
+    args.m = in.images * plan.image_rows();
+    args.q = q;
+    args.scale = scale;
+    args.sums = sums;
+    return quantize_rows(args, plan.layout.isa);
+  }
+  constexpr int64_t kFloatsPerThread = 65536;
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
+  const bool worthwhile = in.images * plan.image_rows() * args.k >= 2 * kFloatsPerThread;
+  for_each_shared(in.images * plan.out_h, worthwhile, [&](int64_t row) {
+    const float* x = in.x + row / plan.out_h * in.stride_n + row % plan.out_h * s.stride_h * in.stride_h;
+    QuantizeRowsArgs part = args;
+    part.m = plan.out_w;
+    part.q = q + row * plan.out_w * plan.pixel_bytes();
+    part.scale = scale + row * plan.out_w;
+    part.sums = sums + row * plan.out_w * plan.groups;
+    Status status = Status::ok;
+    if (pixels_in_turn) {
+      part.x = x;
+      status = quantize_rows(part, plan.layout.isa);
+    } else {
+      thread_local Scratch scratch;
+      auto* pixels = reinterpret_cast<float*>(scratch.get(plan.out_w * args.k * static_cast<int64_t>(sizeof(float))));
+      if (pixels == nullptr) {
+        worst.store(static_cast<int>(Status::out_of_memory));
+        return;
+      }
+      for (int64_t w = 0; w < plan.out_w; ++w) {
+        for (int64_t c = 0; c < args.k; ++c) pixels[w * args.k + c] = x[w * args.ldx + c * in.stride_c];
+      }
+      part.x = pixels;
+      part.ldx = args.k;
+      status = quantize_rows(part, plan.layout.isa);
+    }
+    if (status != Status::ok) worst.store(static_cast<int>(status));
+  });
+  return static_cast<Status>(worst.load());
+}
+
+}  // namespace
+
+int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images) { return parts_of(plan, images).end; }
+
+Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out) {
+  const ConvShape& s = plan.layout.run;
+  const Parts at = parts_of(plan, input.images);
+  auto* q = reinterpret_cast<int8_t*>(memory + at.q);
+  auto* scale = reinterpret_cast<float*>(memory + at.scale);
+  auto* sums = reinterpret_cast<int32_t*>(memory + at.sums);
+  *out = {input.images, q, scale, sums};
+  if (plan.by_pixel) return quantize_pixels(plan, input, q, scale, sums);
+  QuantizeImagesArgs args;
+  args.x = input.x;
+  args.images = input.images;
+  args.channels = s.in_channels;
+  args.height = input.height;
+  args.width = input.width;
+  args.stride_n = input.stride_n;
+  args.stride_c = input.stride_c;
+  args.stride_h = input.stride_h;
+  args.stride_w = input.stride_w;
+  args.pad_top = s.pad_top;
+  args.pad_bottom = s.pad_bottom;
+  args.pad_left = s.pad_left;
+  args.pad_right = s.pad_right;
+  args.slice_size = plan.slice_size == 0 ? s.in_channels : plan.slice_size;
+  args.q = q;
+  args.scale = scale;
+  args.sums = plan.slice_size == 0 ? nullptr : sums;
+  return quantize_images(args, plan.layout.isa);
+}
+
+}  // namespace bantamweight
