@@ -1,7 +1,10 @@
-"""Packed linear layers against torch fp32, bf16 and dynamic int8, alternating in one process.
+"""Packed linear layers against torch, ONNX Runtime, OpenVINO and ggml, alternating in one process.
+
+`bantamweight bench linear --peers` with every choice open:
 
 python bench/bench_linear.py [--shapes 768x3072 ...] [--rows 1 8 ...] [--weights ternary W4 ...]
-                             [--kernels amx avx512_vnni avx2] [--threads 1 2] [--seconds 0.05] [--no-peers] [--json]
+                             [--kernels amx avx512_vnni avx2] [--threads 1 2] [--seconds 0.05]
+                             [--peers torch,onnxruntime,openvino,ggml | --no-peers] [--json]
 """
 
 import argparse
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", help=f"of {', '.join(linear.available_kernels())}; default the best")
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--seconds", type=float, default=0.05, help="for each cell and way to compute it")
+    parser.add_argument("--peers", default="all", help="of torch,onnxruntime,openvino,ggml; default all installed")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -39,7 +43,7 @@ def main() -> None:
         weights=arguments.weights,
         kernels=arguments.kernels,
         threads=arguments.threads,
-        peers=not arguments.no_peers,
+        peers=() if arguments.no_peers else arguments.peers,
         seconds=arguments.seconds,
         progress=lambda row: print(f"{row.name}, M = {row.rows}: {row.microseconds:.1f} us", file=sys.stderr),
     )

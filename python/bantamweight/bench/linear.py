@@ -1,37 +1,39 @@
-"""Throughput of the packed linear kernels, and of what torch offers for the same layer.
+"""Throughput of the packed linear kernels, and of other libraries' ways to run the same layer.
 
-Everything that computes one layer at one batch size takes turns in the same process, a slice of a
-millisecond each, so that a busy or throttling machine slows all of it alike. Times are wall times of
-the call from a float tensor to a float tensor, rounding of the activations included.
+Everything that computes one layer at one batch size takes turns in the same process. Times are wall times of the call
+from a float tensor to a float tensor, rounding of the activations included.
 """
 
 import os
-import statistics
-import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _C
+from ..io.bitpack import bits_for
 from ..nn.packed import PackedLinear
 from ..weights import QuantizedWeight
+from .peers import Peer, build, choose
+from .timing import Turn, take_turns
 
 SHAPES = ((768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 14336))
 ROWS = (1, 8, 32, 128, 512)
 WEIGHTS = ("ternary", "W2", "W3", "W4", "W8", "ternary-g128", "W4-g128")
 _LEVELS = {"ternary": 3, "W2": 4, "W3": 8, "W4": 16, "W8": 256}
-_SLICE = 1e-3  # seconds a candidate runs before the next one's turn
+_CHECKED = 32  # rows of a batch whose result is compared with float arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One layer, one batch size, one way to compute it."""
 
-    name: str  # "W4-g128 amx", "torch fp32", "torch int8 onednn", ..
+    name: str  # "W4-g128 amx", "torch fp32", "onnxruntime W2-g128", ..
+    kernel: str  # what ran it, as far as its library tells
+    peer: bool
+    bits: int  # of a weight code; ternary counts as 2
     in_features: int
     out_features: int
     rows: int
@@ -39,9 +41,10 @@ class Row:
     microseconds: float  # median over the slices
     spread: float  # (90th - 10th percentile) / median
     fastest: float  # microseconds of the fastest slice
-    bytes: int  # the weight in canonical packing: codes, scales
+    bytes: int  # of the weight as it lies in memory: codes, scales
     error: float  # |y - x W^T| / |x W^T| with the float weights this candidate stands for
-    ratio: float | None  # the best peer's median over ours; None for peers and without peers
+    ratio: float | None = None  # the best median of the peers of as many bits or fewer, over ours; None for peers
+    ratio_any: float | None = None  # the same against peers of any bits
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -52,15 +55,6 @@ class Row:
     def gops(self) -> float:
         """Multiplications and additions, in 1e9 a second."""
         return 2e-3 * self.rows * self.in_features * self.out_features / self.microseconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Candidate:
-    name: str
-    call: Callable[[Tensor], Tensor]
-    weight: Tensor  # float32 [out, in] to measure the error against
-    bytes: int
-    peer: bool
 
 
 def random_weight(weights: str, out_features: int, in_features: int, seed: int = 0) -> QuantizedWeight:
@@ -99,81 +93,37 @@ def _ceiling(kernel: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _ours(weight: QuantizedWeight, kernels: Sequence[str]) -> list[_Candidate]:
-    found = []
+def _ours(weight: QuantizedWeight, kernels: Sequence[str]) -> Iterator[Peer]:
+    """The packed layer on each kernel, in the form of a peer."""
     for kernel in kernels:
         with _ceiling(kernel):  # read when a layer is packed
             layer = PackedLinear.from_quantized(weight)
-        found.append(
-            _Candidate(
-                name=f"{weight.scheme} {layer.kernel}",
-                call=layer,
-                weight=weight.dequantize(),
-                bytes=weight.nbytes_on_disk,
-                peer=False,
-            )
+        yield Peer(
+            name=f"{weight.scheme} {layer.kernel}",
+            bits=bits_for(weight.levels),
+            bytes=layer.layout.nbytes,
+            kernel=layer.kernel,
+            pool="openmp",
+            prepare=lambda x, layer=layer: lambda: layer(x),
+            dequantize=weight.dequantize,
         )
-    return found
-
-
-def _peers(weight: Tensor) -> list[_Candidate]:
-    """torch's own ways to run a float layer: fp32, bf16, and dynamic int8 on both engines."""
-    out_features, in_features = weight.shape
-    layer = nn.Linear(in_features, out_features, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-    count = weight.numel()
-    half = nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16)
-    with torch.no_grad():
-        half.weight.copy_(weight)
-    found = [
-        _Candidate(name="torch fp32", call=layer, weight=weight, bytes=4 * count, peer=True),
-        _Candidate(
-            name="torch bf16",
-            call=lambda x: half(x.bfloat16()).float(),
-            weight=weight,
-            bytes=2 * count,
-            peer=True,
-        ),
-    ]
-    before = torch.backends.quantized.engine
-    for engine in ("x86", "onednn"):
-        if engine not in torch.backends.quantized.supported_engines:
-            continue
-        torch.backends.quantized.engine = engine
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces the removal of its quantization
-            quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)[0]
-        found.append(_Candidate(name=f"torch int8 {engine}", call=quantized, weight=weight, bytes=count, peer=True))
-    torch.backends.quantized.engine = before
-    return found
-
-
-def _alternate(candidates: Sequence[_Candidate], x: Tensor, seconds: float) -> list[list[float]]:
-    """Seconds a call of every candidate, a list of slices each."""
-    repeats = []
-    for candidate in candidates:
-        candidate.call(x)
-        start = time.perf_counter()
-        candidate.call(x)
-        once = time.perf_counter() - start
-        repeats.append(max(1, min(1000, int(_SLICE / max(once, 1e-7)))))
-    times: list[list[float]] = [[] for _ in candidates]
-    end = time.perf_counter() + seconds * len(candidates)
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for candidate, repeat, slices in zip(candidates, repeats, times, strict=True):
-            call = candidate.call
-            call(x)  # untimed: it finds the caches and the heap as the candidate before left them
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call(x)
-            slices.append((time.perf_counter() - start) / repeat)
-    return times
 
 
 def available_kernels() -> list[str]:
     """Names of the packed linear kernels this CPU runs, best first, without the scalar reference."""
     return [name for name, missing in _C.linear_variants() if not missing and name != "reference"]
+
+
+def best_kernel() -> str:
+    """The kernel that a layer packed now gets: the best of this CPU under BANTAMWEIGHT_FORCE_KERNEL."""
+    return _C.linear_select()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    peer: Peer
+    is_peer: bool
+    exact: Tensor  # [_CHECKED, out]: what the first rows of every batch should give
 
 
 def run(
@@ -183,7 +133,7 @@ def run(
     weights: Iterable[str] = WEIGHTS,
     kernels: Sequence[str] | None = None,
     threads: Iterable[int] = (1, 2),
-    peers: bool = True,
+    peers: str | Sequence[str] = (),
     seconds: float = 0.05,
     progress: Callable[[Row], None] | None = None,
 ) -> list[Row]:
@@ -195,7 +145,7 @@ def run(
         weights: of `WEIGHTS`, any group size.
         kernels: names of kernels; None for the best one of this CPU.
         threads: numbers of threads, set with torch.set_num_threads and put back at the end.
-        peers: time torch's fp32, bf16 and dynamic int8 layers too, and fill `Row.ratio`.
+        peers: libraries to time too, as `peers.choose` takes them; those that are missing are left out.
         seconds: for each candidate and combination.
         progress: called with every row as it is measured.
 
@@ -203,70 +153,89 @@ def run(
         One row a combination and candidate, peers first within a combination.
 
     Raises:
+        BantamweightError: an unknown peer.
         KernelError: this CPU has no such kernel.
 
     Example:
-        >>> rows = run(shapes=[(64, 64)], rows=[1], weights=["W4"], threads=[1], peers=False, seconds=0.001)
+        >>> rows = run(shapes=[(64, 64)], rows=[1], weights=["W4"], threads=[1], seconds=0.001)
         >>> [row.rows for row in rows]
         [1]
     """
-    chosen = list(kernels) if kernels is not None else [_C.linear_select()]
+    chosen = list(kernels) if kernels is not None else [best_kernel()]
+    libraries = choose(peers)
     batches, schemes, thread_counts = list(rows), list(weights), list(threads)
     found: list[Row] = []
     threads_before = torch.get_num_threads()
     try:
         for in_features, out_features in shapes:
+            x = torch.randn(max(batches, default=0), in_features, generator=torch.Generator().manual_seed(0))
             packed = [random_weight(name, out_features, in_features) for name in schemes]
-            candidates = _peers(packed[0].dequantize()) if peers and packed else []
-            for weight in packed:
-                candidates += _ours(weight, chosen)
+            weight = (
+                torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)) / in_features**0.5
+            )
             for count in thread_counts:
                 torch.set_num_threads(count)
-                for batch in batches:
-                    for row in _measure(candidates, in_features, out_features, batch, count, seconds):
-                        found.append(row)
-                        if progress is not None:
-                            progress(row)
+                with torch.inference_mode():
+                    candidates = [_checked(peer, True, x) for peer in build(libraries, weight, count)]
+                    for quantized in packed:
+                        candidates += [_checked(ours, False, x) for ours in _ours(quantized, chosen)]
+                    for batch in batches:
+                        for row in _measure(candidates, x[:batch], count, seconds):
+                            found.append(row)
+                            if progress is not None:
+                                progress(row)
+                del candidates
     finally:
         torch.set_num_threads(threads_before)
     return found
 
 
-def _measure(
-    candidates: Sequence[_Candidate], in_features: int, out_features: int, batch: int, threads: int, seconds: float
-) -> list[Row]:
-    x = torch.randn(batch, in_features, generator=torch.Generator().manual_seed(batch))
-    with torch.inference_mode():
-        times = _alternate(candidates, x, seconds)
-        medians = [1e6 * statistics.median(slices) for slices in times]
-        best = min((median for median, c in zip(medians, candidates, strict=True) if c.peer), default=None)
-        rows = []
-        for candidate, slices, median in zip(candidates, times, medians, strict=True):
-            exact = x @ candidate.weight.t()
-            error = float((candidate.call(x) - exact).norm() / exact.norm().clamp_min(1e-30))
-            ordered = sorted(slices)
-            low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
-            rows.append(
-                Row(
-                    name=candidate.name,
-                    in_features=in_features,
-                    out_features=out_features,
-                    rows=batch,
-                    threads=threads,
-                    microseconds=median,
-                    spread=1e6 * (high - low) / median,
-                    fastest=1e6 * ordered[0],
-                    bytes=candidate.bytes,
-                    error=error,
-                    ratio=None if candidate.peer or best is None else best / median,
-                )
+def _checked(peer: Peer, is_peer: bool, x: Tensor) -> _Candidate:
+    return _Candidate(peer=peer, is_peer=is_peer, exact=x[:_CHECKED] @ peer.dequantize().t())
+
+
+def _measure(candidates: Sequence[_Candidate], x: Tensor, threads: int, seconds: float) -> list[Row]:
+    able = [c for c in candidates if c.peer.max_rows is None or x.shape[0] <= c.peer.max_rows]
+    calls = [candidate.peer.prepare(x) for candidate in able]
+    turns = [Turn(call=call, pool=candidate.peer.pool) for call, candidate in zip(calls, able, strict=True)]
+    times = take_turns(turns, seconds, threads=threads)
+    rows = []
+    for candidate, call, took in zip(able, calls, times, strict=True):
+        others = [(other.peer.bits, its.median) for other, its in zip(able, times, strict=True) if other.is_peer]
+        exact = candidate.exact[: x.shape[0]]
+        error = float((call()[:_CHECKED].float() - exact).norm() / exact.norm().clamp_min(1e-30))
+        bits = candidate.peer.bits
+        rows.append(
+            Row(
+                name=candidate.peer.name,
+                kernel=candidate.peer.kernel,
+                peer=candidate.is_peer,
+                bits=bits,
+                in_features=x.shape[1],
+                out_features=exact.shape[1],
+                rows=x.shape[0],
+                threads=threads,
+                microseconds=1e6 * took.median,
+                spread=took.spread,
+                fastest=1e6 * took.fastest,
+                bytes=candidate.peer.bytes,
+                error=error,
+                ratio=None if candidate.is_peer else _ratio([m for b, m in others if b <= bits], took.median),
+                ratio_any=None if candidate.is_peer else _ratio([m for _, m in others], took.median),
             )
+        )
     return rows
+
+
+def _ratio(medians: Sequence[float], ours: float) -> float | None:
+    return min(medians) / ours if medians else None
 
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as aligned text under one heading."""
-    heading = ("in x out", "M", "threads", "layer", "us", "spread", "min us", "GB/s", "GOPS", "error", "x best peer")
+    heading = (
+        "in x out", "M", "threads", "layer", "us", "spread", "min us", "GB/s", "GOPS", "error", "x same bits", "x any"
+    )  # fmt: skip
     lines: list[tuple[str, ...]] = [heading]
     for row in rows:
         lines.append(
@@ -282,6 +251,7 @@ def format_table(rows: Sequence[Row]) -> str:
                 f"{row.gops:.0f}",
                 f"{row.error:.1e}",
                 "" if row.ratio is None else f"{row.ratio:.2f}",
+                "" if row.ratio_any is None else f"{row.ratio_any:.2f}",
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]

@@ -106,7 +106,9 @@ def _add_info(commands) -> None:
 def _add_bench(commands) -> None:
     parser = commands.add_parser("bench", help="time the kernels", description="Time the kernels on this machine.")
     parser.add_argument("operation", choices=["linear"], help="linear: packed weights times int8 activations")
-    parser.add_argument("--peers", action="store_true", help="also time the peers that are installed")
+    parser.add_argument("--peers", nargs="?", const="all", metavar="NAMES", help="also time other libraries: all that "
+                        "are installed, or those named, such as torch,onnxruntime,openvino,ggml")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="two shapes and three batch sizes")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     _add_machine(parser)
 

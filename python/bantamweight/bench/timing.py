@@ -1,0 +1,85 @@
+"""Taking turns: everything that computes the same thing is timed in slices, one after the other, again and again.
+
+So a busy or throttling machine slows all of it alike.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_SLICE = 1e-3  # seconds that a candidate runs before the next one's turn, on one thread
+_MIN_SLICES, _MIN_SLOW_SLICES = 5, 2
+# Worker threads spin for a while after a parallel region before they sleep (measured: libgomp 5.5 ms, TBB 1.2 ms).
+# Where the threads of two libraries outnumber the cores, the next library would be timed against them: it waits,
+# and takes longer turns to pay for the wait.
+_SPIN = 7e-3
+_SLICE_OF_MANY = 4e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Seconds a call, over the slices."""
+
+    median: float
+    fastest: float
+    spread: float  # (90th - 10th percentile) / median
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    call: Callable[[], Any]
+    pool: str  # whose worker threads run it
+
+
+def take_turns(turns: Sequence[Turn], seconds: float, *, threads: int) -> list[Times]:
+    """Times every call for about `seconds` each, a few milliseconds at a time.
+
+    A call that takes longer than `seconds` itself gets two slices of one call.
+
+    Args:
+        turns: what to call; those that share a pool should stand together.
+        seconds: of timed calls, each.
+        threads: that a call may use; with more than one, worker threads get time to fall asleep when the pool changes.
+    """
+    slice_seconds = _SLICE if threads == 1 else _SLICE_OF_MANY
+    repeats, slices = [], []
+    for turn in turns:
+        turn.call()
+        once = _time(turn.call, 1)
+        repeats.append(max(1, min(1000, int(slice_seconds / max(once, 1e-7)))))
+        slices.append([once] if once > seconds else [])
+    left = list(range(len(turns)))
+    pool = turns[-1].pool if turns else ""
+    while left:
+        for index in left:
+            turn, repeat = turns[index], repeats[index]
+            if turn.pool != pool:
+                pool = turn.pool
+                if threads > 1:
+                    time.sleep(_SPIN)
+            if repeat > 1:
+                turn.call()  # untimed: it finds the caches and the heap as the candidate before left them
+            slices[index].append(_time(turn.call, repeat))
+        left = [index for index in left if not _enough(slices[index], repeats[index], seconds)]
+    return [_summary(found) for found in slices]
+
+
+def _time(call: Callable[[], Any], repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) / repeat
+
+
+def _enough(found: Sequence[float], repeat: int, seconds: float) -> bool:
+    least = _MIN_SLOW_SLICES if found[0] > seconds else _MIN_SLICES
+    return len(found) >= least and sum(found) * repeat >= seconds
+
+
+def _summary(found: Sequence[float]) -> Times:
+    ordered = sorted(found)
+    median = statistics.median(ordered)
+    low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+    return Times(median=median, fastest=ordered[0], spread=(high - low) / median)
