@@ -75,10 +75,15 @@ DepthwiseParts depthwise_parts(const ConvShape& s, int64_t pair_count) {
   return at;
 }
 
+// A convolution has many rows to a weight, for which 3-bit codes would be expanded every time.
+int view_bits(const ConvShape& s, Isa isa) {
+  return s.bits == 3 && linear_kernel(isa)->expand_block != nullptr ? 4 : static_cast<int>(s.bits);
+}
+
 int64_t view_bytes_of(const ConvShape& s, Isa isa) {
   const std::vector<KPiece> pieces = conv_pieces(s, isa, 0);
-  return packed_view_bytes(*linear_kernel(isa), static_cast<int>(s.bits), s.out_channels / s.groups,
-                           conv_summed_groups(s), pieces.data(), static_cast<int64_t>(pieces.size()));
+  return packed_view_bytes(*linear_kernel(isa), view_bits(s, isa), s.out_channels / s.groups, conv_summed_groups(s),
+                           pieces.data(), static_cast<int64_t>(pieces.size()));
 }
 
 bool has_variant(const ConvShape& s, Isa isa) {
@@ -310,7 +315,7 @@ Status conv_pack(const ConvShape& s, Isa isa, const uint8_t* codes, const float*
     const int64_t n = run.out_channels / run.groups, k = run.k(), view_bytes = view_bytes_of(run, isa);
     header.view_bytes = view_bytes;
     for (int64_t g = 0; g < run.groups; ++g) {
-      packed_view_write(*linear_kernel(isa), static_cast<int>(s.bits), n, groups, pieces.data(),
+      packed_view_write(*linear_kernel(isa), view_bits(s, isa), static_cast<int>(s.bits), n, groups, pieces.data(),
                         static_cast<int64_t>(pieces.size()), codes + g * n * k, k, scale + g * n * groups,
                         zero + g * n * groups, base + kHeaderBytes + g * view_bytes);
     }
@@ -355,8 +360,8 @@ Status conv_view_read(const ConvLayout& layout, int64_t group, const std::vector
   const Status status =
       packed_view_read(*linear_kernel(layout.isa), layout.views + group * layout.view_bytes, layout.view_bytes, view);
   if (status != Status::ok) return status;
-  if (view->n != s.out_channels / s.groups || view->bits != s.bits || view->groups != conv_summed_groups(s) ||
-      view->piece_count != static_cast<int64_t>(pieces.size())) {
+  if (view->n != s.out_channels / s.groups || view->bits != view_bits(s, layout.isa) ||
+      view->groups != conv_summed_groups(s) || view->piece_count != static_cast<int64_t>(pieces.size())) {
     return Status::wrong_layout;
   }
   const bool same_runs = std::equal(pieces.begin(), pieces.end(), view->pieces, [](const KPiece& a, const KPiece& b) {

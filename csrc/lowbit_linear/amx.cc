@@ -24,6 +24,7 @@
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__AVX512DQ__)
 #include "lowbit_linear/finish_avx512.h"
+#include "lowbit_linear/three_bits_avx512.h"
 
 namespace bantamweight {
 namespace {
@@ -68,8 +69,6 @@ struct Chunk {
 };
 constexpr int64_t kMaxChunks = 512;  // a block with more of them runs on VNNI
 
-constexpr KPiece kOneQuad = {0, 4, 0, 0};
-
 int64_t quads_of(const KPiece& piece) { return (piece.k_size + 3) / 4; }
 
 int64_t count_chunks(const TileTask& task) {
@@ -84,7 +83,8 @@ int64_t count_quads(const TileTask& task) {
   return count;
 }
 
-void list_chunks(const TileTask& task, int64_t quad_bytes, Chunk* chunk) {
+void list_chunks(const TileTask& task, int bits, Chunk* chunk) {
+  const int64_t step_quads = bits == 3 ? 2 : 1, step_bytes = 32 * bits * step_quads;
   int64_t weight_offset = 0;
   for (int64_t p = 0; p < task.piece_count; ++p) {
     const KPiece& piece = task.pieces[p];
@@ -98,7 +98,7 @@ void list_chunks(const TileTask& task, int64_t quad_bytes, Chunk* chunk) {
       chunk->group = static_cast<int32_t>(piece.group);
       chunk->begins_group = first && q == 0;
       chunk->ends_group = last && q + kChunkQuads >= quads;
-      weight_offset += chunk->quads * quad_bytes;
+      weight_offset += (chunk->quads + step_quads - 1) / step_quads * step_bytes;
     }
   }
 }
@@ -117,9 +117,26 @@ int64_t equal_spacing(const int8_t* const* rows, int64_t count) {
 template <int kBits>
 inline void unpack(const uint8_t* raw, uint8_t* masked, int64_t quarter) {
   constexpr int64_t kStep = 32 * kBits;
-  const __m512i low2 = _mm512_set1_epi8(0x03), low4 = _mm512_set1_epi8(0x0f), low6 = _mm512_set1_epi8(0x3f);
+  const __m512i low2 = _mm512_set1_epi8(0x03), low3 = _mm512_set1_epi8(0x07), low4 = _mm512_set1_epi8(0x0f),
+                low6 = _mm512_set1_epi8(0x3f);
   const uint8_t* from = raw + 4 * quarter * kStep;
   uint8_t* to = masked + 4 * quarter * 64;
+  if constexpr (kBits == 3) {
+#pragma GCC unroll 2
+    for (int64_t q = 0; q < 4; q += 2, from += 2 * kStep, to += 2 * 64) {
+      const __m512i x0 = _mm512_load_si512(from), x1 = _mm512_load_si512(from + 64), x2 = _mm512_load_si512(from + 128);
+      const __m512i x3 = fourth_row(x0, x1, x2);
+      _mm512_store_si512(to, _mm512_and_si512(x0, low3));
+      _mm512_store_si512(to + 64, _mm512_and_si512(x2, low3));
+      _mm512_store_si512(to + kTileBytes, _mm512_and_si512(x0, low6));
+      _mm512_store_si512(to + kTileBytes + 64, _mm512_and_si512(x2, low6));
+      _mm512_store_si512(to + 2 * kTileBytes, _mm512_and_si512(x1, low3));
+      _mm512_store_si512(to + 2 * kTileBytes + 64, _mm512_and_si512(x3, low3));
+      _mm512_store_si512(to + 3 * kTileBytes, _mm512_and_si512(x1, low6));
+      _mm512_store_si512(to + 3 * kTileBytes + 64, _mm512_and_si512(x3, low6));
+    }
+    return;
+  }
 #pragma GCC unroll 4
   for (int64_t q = 0; q < 4; ++q, from += kStep, to += 64) {
     if constexpr (kBits == 2) {
@@ -134,16 +151,24 @@ inline void unpack(const uint8_t* raw, uint8_t* masked, int64_t quarter) {
   }
 }
 
+// At most so many tiles of a chunk are masked; the others are loaded from the raw codes.
+template <int kBits>
+constexpr int64_t kMaskedTiles = kBits == 2   ? 3
+                                 : kBits == 3 ? 4
+                                 : kBits == 4 ? 2
+                                              : 0;
+
 template <int kBits>
 inline const uint8_t* codes_tile(const uint8_t* raw, const uint8_t* masked, int j) {
   if (kBits == 2) return j == 3 ? raw : masked + kTileBytes * j;
+  if (kBits == 3) return masked + kTileBytes * j;
   if (kBits == 4) return j % 2 == 1 ? raw + 64 * (j / 2) : masked + kTileBytes * (j / 2);
   return raw + 64 * j;
 }
 
 template <int kBits>
 constexpr int64_t codes_stride(int j) {
-  return kBits == 2 ? 64 : kBits == 4 ? (j % 2 == 1 ? 128 : 64) : 256;
+  return kBits <= 3 ? 64 : kBits == 4 ? (j % 2 == 1 ? 128 : 64) : 256;
 }
 
 // Sums of a group on their way to the outputs, a few rows at a time.
@@ -186,8 +211,8 @@ void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
 template <int kBits>
 void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels, const Chunk* chunks,
               int64_t chunk_count, int64_t first_row, int64_t rows) {
-  constexpr int64_t kStep = 32 * kBits;
-  alignas(64) uint8_t masked[kRing * 3 * kTileBytes];
+  constexpr int64_t kStep = 32 * kBits, kMaskedBytes = kMaskedTiles<kBits> * kTileBytes;
+  alignas(64) uint8_t masked[kRing * kMaskedBytes];
   alignas(64) uint8_t padded[kRing * kChunkQuads * kStep];
   alignas(64) int8_t gathered[kTileBytes];
   alignas(64) int32_t sums[kTileSums];
@@ -224,7 +249,7 @@ void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, i
   for (int64_t slot = 0; slot < kAhead && ahead_left > 0; ++slot) {
     next_raw(slot);
     for (int64_t quarter = 0; quarter < 4; ++quarter) {
-      unpack<kBits>(raw[slot], masked + slot * 3 * kTileBytes, quarter);
+      unpack<kBits>(raw[slot], masked + slot * kMaskedBytes, quarter);
     }
   }
 
@@ -242,9 +267,9 @@ void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, i
       const bool more = ahead_left > 0;
       if (more) next_raw(ahead_slot);
       const uint8_t* ahead = raw[ahead_slot];
-      uint8_t* ahead_masked = masked + ahead_slot * 3 * kTileBytes;
+      uint8_t* ahead_masked = masked + ahead_slot * kMaskedBytes;
       const uint8_t* codes = raw[slot];
-      const uint8_t* codes_masked = masked + slot * 3 * kTileBytes;
+      const uint8_t* codes_masked = masked + slot * kMaskedBytes;
       if (chunk.begins_group) {
         TILE_ZERO(0);
         TILE_ZERO(1);
@@ -423,9 +448,9 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   const int64_t end = on_vnni ? 0 : task.row_count - (tail < min_rows ? tail : 0);
   if (end > 0) {
     Chunk chunks[kMaxChunks];
-    list_chunks(task, linear_kernel_avx512_vnni()->block_bytes(bits, &kOneQuad, 1), chunks);
+    list_chunks(task, bits, chunks);
     int64_t configured = 0, row = 0;
-    if (block_count == 1 && task.block_n_valid <= kNarrowChannels && chunk_count <= kMaxNarrowChunks) {
+    if (bits != 3 && block_count == 1 && task.block_n_valid <= kNarrowChannels && chunk_count <= kMaxNarrowChunks) {
       row = end / kNarrowRows * kNarrowRows;
       const auto run_bits = bits == 2 ? run_narrow_bits<2> : bits == 8 ? run_narrow_bits<8> : run_narrow_bits<4>;
       if (row > 0) run_bits(task, chunks, chunk_count, row);
@@ -434,7 +459,10 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
       const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
       if (rows != configured) configure(rows);
       configured = rows;
-      const auto run_tile_bits = bits == 2 ? run_tile<2> : bits == 8 ? run_tile<8> : run_tile<4>;
+      const auto run_tile_bits = bits == 2   ? run_tile<2>
+                                 : bits == 3 ? run_tile<3>
+                                 : bits == 8 ? run_tile<8>
+                                             : run_tile<4>;
       run_tile_bits(task, block_count, block_bytes, channels, chunks, chunk_count, row, rows);
     }
     // Nothing of the tiles is left behind: the next context switch need not save them.
@@ -464,7 +492,12 @@ void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uin
   linear_kernel_avx512_vnni()->unpack_block(bits, pieces, piece_count, block, ldk, valid_n, codes);
 }
 
-constexpr LinearKernel kernel = {Isa::amx, 64, block_bytes, lane_factor, pack_block, unpack_block, run, run_blocks};
+void expand_block(const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) {
+  linear_kernel_avx512_vnni()->expand_block(pieces, piece_count, block, expanded);
+}
+
+constexpr LinearKernel kernel = {Isa::amx,     64,  block_bytes, lane_factor,  pack_block,
+                                 unpack_block, run, run_blocks,  expand_block, 64};
 
 }  // namespace
 

@@ -5,13 +5,20 @@
 // masked row gives S0 from x & 03, S0 + 4 S1 from x & 0f, .. , and S0 + .. + 64 S3 from x itself:
 // exact in int32, without a shift. One subtraction a channel and group takes the sums apart and
 // the powers of four are divided out of the scales. 4 bits: two rows, x & 0f and x. 8 bits: four
-// rows as they are. 3 bits use the 4-bit rows.
+// rows as they are. 3 bits: see three_bits_avx512.h; the rest is as at 4 bits with 8 for 16.
 //
 // Per 256 weights at 2 bits (64 bytes, a quarter of a byte a weight): 1 load, 3 and, and for each
-// row of activations 1 broadcast from memory and 4 vpdpbusd; 4 bits: 2 loads, 2 and. One row is
-// bound by ports 0 and 5 (3.5 cycles for 64 bytes) while the weights are in L2, by memory beyond
-// it. Six rows share the masks: 24 of 27 operations are products, which reached 690 to 730 GOPS
-// where vpdpbusd alone reaches 830 (Sapphire Rapids, 3.2 GHz).
+// row of activations 1 broadcast from memory and 4 vpdpbusd; 4 bits: 2 loads, 2 and; 3 bits: 1.5
+// loads, 1.5 shifts, 1 vpternlogd, 4 and. One row is bound by ports 0 and 5 (3.5 cycles for 64 bytes
+// at 2 bits) while the weights are in L2, and by memory beyond it: 28.5 to 30 GB/s where a plain
+// AVX-512 sum over the same bytes reads 29 to 30 (4096 x 4096 and 4096 x 14336 at 2, 3, 4 and 8 bits).
+// There only bytes count: 3 bits take 3/4 of the time of 4, but 1.25 of it in L2 (768 x 3072), so they
+// are stored as 4 where they fit (stored_bits). Six rows share the masks: 24 of 27 operations are
+// products, which reached 690 to 730 GOPS where vpdpbusd alone reaches 830 (Sapphire Rapids, 3.2 GHz).
+//
+// No gain beyond L2: huge pages under the layout, fetching 2, 4 or 8 KB ahead instead of 1, reading
+// two to eight streams at once. Expanding 3 bits to 4 for few rows: the stores into L2 cost more than
+// the unpacking that they save until 64 rows.
 //
 // Tried and slower: activations as embedded broadcasts (one load for every product instead of one
 // for four: 717 GOPS at best); float outputs in registers across the groups (GCC 12 spills the
@@ -20,52 +27,73 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include "lowbit_linear/finish_avx512.h"
+#include "lowbit_linear/three_bits_avx512.h"
 
 namespace bantamweight {
 namespace {
 
 constexpr int64_t kBlockN = 64;
+constexpr int64_t kExpandRows = 64;
 
-int layout_bits(int bits) { return bits == 3 ? 4 : bits; }
+// k of a step, which takes 8 * bits * step_k bytes: 4, and 8 at 3 bits.
+constexpr int64_t step_k(int bits) { return bits == 3 ? 8 : 4; }
+constexpr int64_t step_bytes(int bits) { return 8 * bits * step_k(bits); }
 
-// Bytes of 4 k of a block.
-int64_t quad_bytes(int bits) { return 32 * layout_bits(bits); }
-
-int64_t quads_of(const KPiece& piece) { return (piece.k_size + 3) / 4; }
+int64_t steps_of(int bits, const KPiece& piece) { return (piece.k_size + step_k(bits) - 1) / step_k(bits); }
 
 int64_t block_bytes(int bits, const KPiece* pieces, int64_t piece_count) {
-  int64_t quads = 0;
-  for (int64_t p = 0; p < piece_count; ++p) quads += quads_of(pieces[p]);
-  return quads * quad_bytes(bits);
+  int64_t steps = 0;
+  for (int64_t p = 0; p < piece_count; ++p) steps += steps_of(bits, pieces[p]);
+  return steps * step_bytes(bits);
 }
 
-// Where the code of a channel lies among the bytes of its quad: `row` of 64 bytes and `shift`.
+// Some bits of the code of a channel: `mask` says which, the lowest of them at `shift` in their byte
+// of row `row` of 64 bytes of the step.
 struct Place {
   int64_t row;
   int shift;
+  int mask, low;  // of the code
 };
 
-Place place_of(int bits, int64_t lane) {
+// Where the code of channel `lane` at the step's k-th column lies; returns the number of places.
+int places_of(int bits, int64_t lane, int64_t k, Place* place) {
   const auto j = static_cast<int>(lane / 16);
-  if (bits == 2) return {0, 2 * j};
-  if (bits == 8) return {j, 0};
-  return {j / 2, 4 * (j % 2)};
+  place[0] = {0, 0, (1 << bits) - 1, 0};
+  if (bits == 2) place[0].shift = 2 * j;
+  if (bits == 4) place[0] = {j / 2, 4 * (j % 2), 15, 0};
+  if (bits == 8) place[0].row = j;
+  if (bits != 3) return 1;
+  if (k < 4 || j < 2) {
+    place[0] = {k < 4 ? j / 2 : 2, 3 * (j % 2), 7, 0};
+    return 1;
+  }
+  // In the fourth row, whose bits 0, 1 are the top bits of row 0, 2, 3 those of row 1, 4, 5 of row 2.
+  place[0] = j == 2 ? Place{0, 6, 3, 0} : Place{1, 7, 1, 0};
+  place[1] = j == 2 ? Place{1, 6, 1, 2} : Place{2, 6, 3, 1};
+  return 2;
 }
 
-float lane_factor(int bits, int64_t lane) { return static_cast<float>(1 << place_of(bits, lane).shift); }
+float lane_factor(int bits, int64_t lane) {
+  const auto j = static_cast<int>(lane / 16);
+  return static_cast<float>(bits == 8 ? 1 : bits == 2 ? 1 << 2 * j : 1 << 4 * (j % 2));
+}
 
 void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t ldk, int64_t valid_n,
                 uint8_t* block) {
-  const int64_t step = quad_bytes(bits), bytes = block_bytes(bits, pieces, piece_count);
+  const int64_t span = step_k(bits), bytes = block_bytes(bits, pieces, piece_count);
   for (int64_t i = 0; i < bytes; ++i) block[i] = 0;
-  for (int64_t p = 0; p < piece_count; block += quads_of(pieces[p]) * step, ++p) {
+  for (int64_t p = 0; p < piece_count; block += steps_of(bits, pieces[p]) * step_bytes(bits), ++p) {
     for (int64_t lane = 0; lane < valid_n; ++lane) {
-      const Place at = place_of(bits, lane);
       const uint8_t* from = codes + lane * ldk + pieces[p].k_begin;
-      uint8_t* to = block + at.row * 64 + lane % 16 * 4;
-      for (int64_t k = 0; k < pieces[p].k_size; ++k) {
-        uint8_t& byte = to[k / 4 * step + k % 4];
-        byte = static_cast<uint8_t>(byte | from[k] << at.shift);
+      for (int64_t phase = 0; phase < span; ++phase) {
+        Place place[2];
+        const int count = places_of(bits, lane, phase, place);
+        for (int i = 0; i < count; ++i) {
+          uint8_t* to = block + place[i].row * 64 + lane % 16 * 4 + phase % 4;
+          for (int64_t k = phase; k < pieces[p].k_size; k += span, to += step_bytes(bits)) {
+            *to = static_cast<uint8_t>(*to | (from[k] >> place[i].low & place[i].mask) << place[i].shift);
+          }
+        }
       }
     }
   }
@@ -73,16 +101,37 @@ void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8
 
 void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, int64_t ldk,
                   int64_t valid_n, uint8_t* codes) {
-  const int64_t step = quad_bytes(bits);
-  const int mask = (1 << layout_bits(bits)) - 1;
-  for (int64_t p = 0; p < piece_count; block += quads_of(pieces[p]) * step, ++p) {
+  const int64_t span = step_k(bits);
+  for (int64_t p = 0; p < piece_count; block += steps_of(bits, pieces[p]) * step_bytes(bits), ++p) {
     for (int64_t lane = 0; lane < valid_n; ++lane) {
-      const Place at = place_of(bits, lane);
-      const uint8_t* from = block + at.row * 64 + lane % 16 * 4;
       uint8_t* to = codes + lane * ldk + pieces[p].k_begin;
       for (int64_t k = 0; k < pieces[p].k_size; ++k) {
-        to[k] = static_cast<uint8_t>(from[k / 4 * step + k % 4] >> at.shift & mask);
+        Place place[2];
+        const int count = places_of(bits, lane, k % span, place);
+        const uint8_t* from = block + k / span * step_bytes(bits) + lane % 16 * 4 + k % 4;
+        to[k] = 0;
+        for (int i = 0; i < count; ++i) {
+          to[k] =
+              static_cast<uint8_t>(to[k] | (from[place[i].row * 64] >> place[i].shift & place[i].mask) << place[i].low);
+        }
       }
+    }
+  }
+}
+
+// A block of 3-bit codes as the block of 4-bit codes that it stands for.
+void expand_block(const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) {
+  const __m512i low3 = _mm512_set1_epi8(0x07), high3 = _mm512_set1_epi8(0x70);
+  const auto spread = [&](__m512i x) __attribute__((always_inline)) {
+    return _mm512_or_si512(_mm512_and_si512(x, low3), _mm512_and_si512(_mm512_slli_epi16(x, 1), high3));
+  };
+  for (int64_t p = 0; p < piece_count; ++p) {
+    for (int64_t quads = steps_of(4, pieces[p]); quads > 0; quads -= 2, block += step_bytes(3)) {
+      __m512i x[4];
+      for (int i = 0; i < 3; ++i) x[i] = _mm512_load_si512(block + 64 * i);
+      x[3] = fourth_row(x[0], x[1], x[2]);
+      const int rows = quads == 1 ? 2 : 4;
+      for (int i = 0; i < rows; ++i, expanded += 64) _mm512_store_si512(expanded, spread(x[i]));
     }
   }
 }
@@ -92,14 +141,15 @@ inline void multiply_add(__m512i& sum, __m512i codes, __m512i activations) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
 }
 
-// Sums of `quads` quads of one piece into sums [kRows][64]; added to what is there unless `first`.
+// Sums of `steps` steps of one piece into sums [kRows][64]; added to what is there unless `first`.
 template <int kBits, int kRows>
-inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t quads, bool first,
+inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps, bool first,
                       int32_t* sums) {
-  constexpr int64_t kStep = 32 * kBits, kPrefetch = 1024;
+  constexpr int64_t kStep = step_bytes(kBits), kPrefetch = 1024;
   // vpdpbusd takes 5 cycles and two start a cycle: few rows need more than one set of sums.
-  constexpr int kSets = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
-  const __m512i low2 = _mm512_set1_epi8(0x03), low4 = _mm512_set1_epi8(0x0f), low6 = _mm512_set1_epi8(0x3f);
+  constexpr int kSets = kRows == 1 ? (kBits == 3 ? 2 : 4) : kRows == 2 && kBits != 3 ? 2 : 1;
+  const __m512i low2 = _mm512_set1_epi8(0x03), low3 = _mm512_set1_epi8(0x07), low4 = _mm512_set1_epi8(0x0f),
+                low6 = _mm512_set1_epi8(0x3f);
   const int8_t* a[kRows];
   __m512i s[kSets][kRows][4];
 #pragma GCC unroll 8
@@ -111,14 +161,36 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
       for (int j = 0; j < 4; ++j) s[set][r][j] = _mm512_setzero_si512();
     }
   }
-  const auto quad = [&](__m512i(&into)[kRows][4], int64_t q) __attribute__((always_inline)) {
-    const uint8_t* w = weight + q * kStep;
+  const auto multiply = [&](__m512i(&into)[kRows][4], const __m512i(&x)[4], int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, a[r] + k, 4);
+      const __m512i activations = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) multiply_add(into[r][j], x[j], activations);
+    }
+  };
+  const auto step = [&](__m512i(&into)[kRows][4], int64_t at) __attribute__((always_inline)) {
+    const uint8_t* w = weight + at * kStep;
     __m512i x[4];
+#pragma GCC unroll 4
+    for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(w + kPrefetch + line, _MM_HINT_T0);
     if constexpr (kBits == 2) {
       x[3] = _mm512_load_si512(w);
       x[0] = _mm512_and_si512(x[3], low2);
       x[1] = _mm512_and_si512(x[3], low4);
       x[2] = _mm512_and_si512(x[3], low6);
+    } else if constexpr (kBits == 3) {
+      const __m512i x0 = _mm512_load_si512(w), x1 = _mm512_load_si512(w + 64), x2 = _mm512_load_si512(w + 128);
+      const __m512i x3 = fourth_row(x0, x1, x2);
+      const __m512i next[4] = {_mm512_and_si512(x2, low3), _mm512_and_si512(x2, low6), _mm512_and_si512(x3, low3),
+                               _mm512_and_si512(x3, low6)};
+      multiply(into, next, at * 8 + 4);
+      x[0] = _mm512_and_si512(x0, low3);
+      x[1] = _mm512_and_si512(x0, low6);
+      x[2] = _mm512_and_si512(x1, low3);
+      x[3] = _mm512_and_si512(x1, low6);
     } else if constexpr (kBits == 4) {
       x[1] = _mm512_load_si512(w);
       x[3] = _mm512_load_si512(w + 64);
@@ -128,24 +200,15 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) x[j] = _mm512_load_si512(w + 64 * j);
     }
-#pragma GCC unroll 4
-    for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(w + kPrefetch + line, _MM_HINT_T0);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, a[r] + 4 * q, 4);
-      const __m512i activations = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) multiply_add(into[r][j], x[j], activations);
-    }
+    multiply(into, x, at * step_k(kBits));
   };
-  int64_t q = 0;
-  for (; q + kSets <= quads; q += kSets) {
+  int64_t at = 0;
+  for (; at + kSets <= steps; at += kSets) {
 #pragma GCC unroll 4
-    for (int set = 0; set < kSets; ++set) quad(s[set], q + set);
+    for (int set = 0; set < kSets; ++set) step(s[set], at + set);
   }
   if constexpr (kSets > 1) {
-    for (; q < quads; ++q) quad(s[0], q);
+    for (; at < steps; ++at) step(s[0], at);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -170,9 +233,9 @@ void run_rows(const TileTask& task, int64_t first_row) {
   for (int64_t p = 0; p < task.piece_count;) {
     const int64_t group = task.pieces[p].group;
     for (bool first = true; p < task.piece_count && task.pieces[p].group == group; ++p, first = false) {
-      const int64_t quads = quads_of(task.pieces[p]);
-      sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, quads, first, sums);
-      weight += quads * 32 * kBits;
+      const int64_t steps = steps_of(kBits, task.pieces[p]);
+      sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, first, sums);
+      weight += steps * step_bytes(kBits);
     }
     finish_group<kBits>(task, group, first_row, kRows, sums, partial);
   }
@@ -212,6 +275,8 @@ void run(int bits, const TileTask& task) {
     write_bias(task);
   } else if (bits == 2) {
     run_bits<2>(task);
+  } else if (bits == 3) {
+    run_bits<3>(task);
   } else if (bits == 8) {
     run_bits<8>(task);
   } else {
@@ -219,7 +284,8 @@ void run(int bits, const TileTask& task) {
   }
 }
 
-constexpr LinearKernel kernel = {Isa::avx512_vnni, kBlockN, block_bytes, lane_factor, pack_block, unpack_block, run};
+constexpr LinearKernel kernel = {Isa::avx512_vnni, kBlockN, block_bytes, lane_factor,  pack_block,
+                                 unpack_block,     run,     nullptr,     expand_block, kExpandRows};
 
 }  // namespace
 

@@ -52,7 +52,9 @@ std::vector<KPiece> pieces_of(const LinearShape& s) {
 
 // True if the view behind the header is the one that the header's shape asks for.
 bool fits(const LinearShape& s, const PackedView& view) {
-  if (!valid(s) || view.n != s.n || view.bits != s.bits || view.groups != view.piece_count) return false;
+  if (!valid(s) || view.n != s.n || view.bits != stored_bits(*view.kernel, s.bits, s.n, s.k) ||
+      view.groups != view.piece_count)
+    return false;
   const int64_t size = summed_group_size(s);
   if (view.groups != ceil_div(s.k, size)) return false;
   for (int64_t g = 0; g < view.groups; ++g) {
@@ -96,7 +98,8 @@ int64_t linear_layout_bytes(const LinearShape& shape, Isa isa) {
   const std::vector<KPiece> pieces = pieces_of(shape);
   const auto groups = static_cast<int64_t>(pieces.size());
   return static_cast<int64_t>(sizeof(LinearHeader)) +
-         packed_view_bytes(*kernel, shape.bits, shape.n, groups, pieces.data(), groups);
+         packed_view_bytes(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.n, groups, pieces.data(),
+                           groups);
 }
 
 Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, const float* scale, const float* zero,
@@ -126,8 +129,9 @@ Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, cons
   header.k = shape.k;
   header.group_size = shape.group_size;
   std::memcpy(layout, &header, sizeof header);
-  packed_view_write(*kernel, shape.bits, shape.n, summed_groups, pieces.data(), summed_groups, codes, shape.k, scale,
-                    zero, static_cast<uint8_t*>(layout) + sizeof header);
+  packed_view_write(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.bits, shape.n, summed_groups,
+                    pieces.data(), summed_groups, codes, shape.k, scale, zero,
+                    static_cast<uint8_t*>(layout) + sizeof header);
   return Status::ok;
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;

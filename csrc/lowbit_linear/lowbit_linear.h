@@ -122,6 +122,10 @@ struct LinearKernel {
   // `channels` the number from there on. A variant that can overlap one block with the next has it.
   void (*run_blocks)(int bits, const TileTask& task, int64_t block_count, int64_t block_bytes,
                      int64_t channels) = nullptr;
+  // Optional: rewrites a block of 3 bits as one of 4. From `expand_rows` rows on, that and a run at 4
+  // bits are faster than a run at 3.
+  void (*expand_block)(const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) = nullptr;
+  int64_t expand_rows = 0;
 };
 
 // Null if this build has no such variant.
@@ -135,6 +139,10 @@ const LinearKernel* linear_kernel_avx512_vnni();
 const LinearKernel* linear_kernel_amx();
 const LinearKernel* linear_kernel_neon_dotprod();
 const LinearKernel* linear_kernel_neon_i8mm();
+
+// The bits that codes of `bits` are stored with: where a kernel's 4-bit form takes fewer instructions
+// than its 3-bit form, a weight that stays in a core's L2 has 4 for 3.
+int stored_bits(const LinearKernel& kernel, int bits, int64_t n, int64_t k);
 
 // Packed codes, scales and zeros of one weight over any pieces: what linear_pack writes after its
 // header, and what a convolution keeps one of for each of its channel groups.
@@ -154,10 +162,10 @@ struct PackedView {
 // Bytes that packed_view_write fills, a multiple of 64.
 int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
                           int64_t piece_count);
-// codes [n, k]; scale and zero [n, groups].
-void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
-                       int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale, const float* zero,
-                       void* memory);
+// codes [n, k], below 2^code_bits; scale and zero [n, groups].
+void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int64_t n, int64_t groups,
+                       const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale,
+                       const float* zero, void* memory);
 // Reads the view back from memory that packed_view_write filled; wrong_layout if it does not fit.
 Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t bytes, PackedView* view);
 void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero);

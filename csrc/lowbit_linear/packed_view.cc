@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "lowbit_linear/lowbit_linear.h"
+#include "runtime/scratch.h"
 #include "runtime/threads.h"
 
 namespace bantamweight {
@@ -76,16 +77,38 @@ bool sound(const ViewHeader& header, const KPiece* pieces) {
   return true;
 }
 
+// Blocks of 4 bits in the thread's memory, as many as L2 holds beside the activations; null when out
+// of memory.
+struct Expanded {
+  uint8_t* blocks = nullptr;
+  int64_t block_bytes = 0, count = 0;
+};
+
+Expanded make_room(const PackedView& view, int64_t blocks) {
+  constexpr int64_t kBytes = 512 << 10;
+  thread_local Scratch scratch;
+  Expanded room;
+  room.block_bytes = align(view.kernel->block_bytes(4, view.pieces, view.piece_count));
+  room.count = std::clamp<int64_t>(kBytes / std::max<int64_t>(1, room.block_bytes), 1, blocks);
+  room.blocks = scratch.get(room.count * room.block_bytes);
+  return room;
+}
+
 }  // namespace
+
+int stored_bits(const LinearKernel& kernel, int bits, int64_t n, int64_t k) {
+  constexpr int64_t kCacheBytes = 1 << 20;
+  return bits == 3 && kernel.expand_block != nullptr && n * k / 2 <= kCacheBytes ? 4 : bits;
+}
 
 int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
                           int64_t piece_count) {
   return parts_of(kernel, bits, n, groups, pieces, piece_count).end;
 }
 
-void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
-                       int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale, const float* zero,
-                       void* memory) {
+void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int64_t n, int64_t groups,
+                       const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale,
+                       const float* zero, void* memory) {
   const Parts at = parts_of(kernel, bits, n, groups, pieces, piece_count);
   auto* base = static_cast<uint8_t*>(memory);
   std::memset(base, 0, static_cast<size_t>(at.end));
@@ -98,7 +121,7 @@ void packed_view_write(const LinearKernel& kernel, int bits, int64_t n, int64_t 
   header.groups = groups;
   header.piece_count = piece_count;
   header.bytes = at.end;
-  header.has_zeros = find_uniform_zero(bits, zero, n * groups, &header.uniform_zero) ? 0 : 1;
+  header.has_zeros = find_uniform_zero(code_bits, zero, n * groups, &header.uniform_zero) ? 0 : 1;
   std::memcpy(base, &header, sizeof header);
   if (piece_count > 0) std::memcpy(base + at.pieces, pieces, static_cast<size_t>(piece_count) * sizeof(KPiece));
 
@@ -227,18 +250,37 @@ void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, c
   task.row_sums = row_sums;
   task.row_count = row_count;
   task.ldy = ldy;
-  for (int64_t b = block_begin; b < block_end; ++b) {
-    task.weight = view.blocks + b * view.block_bytes;
+  const LinearKernel& kernel = *view.kernel;
+  Expanded room;
+  if (view.bits == 3 && kernel.expand_block != nullptr && row_count >= kernel.expand_rows) {
+    room = make_room(view, block_end - block_begin);
+  }
+  int64_t count = 1;
+  for (int64_t b = block_begin; b < block_end; b += count) {
+    int bits = view.bits;
+    int64_t block_bytes = view.block_bytes;
+    task.weight = view.blocks + b * block_bytes;
     task.scale = view.scale + b * view.groups * block_n;
     task.zero_scale = view.zero_scale == nullptr ? nullptr : view.zero_scale + b * view.groups * block_n;
     task.bias = bias == nullptr ? nullptr : bias + b * block_n;
     task.y = y + b * block_n;
     task.block_n_valid = std::min(block_n, view.n - b * block_n);
-    if (view.kernel->run_blocks != nullptr) {
-      view.kernel->run_blocks(view.bits, task, block_end - b, view.block_bytes, view.n - b * block_n);
-      return;
+    if (kernel.run_blocks != nullptr) count = block_end - b;
+    if (room.blocks != nullptr) {
+      count = std::min(block_end - b, kernel.run_blocks == nullptr ? 1 : room.count);
+      for (int64_t i = 0; i < count; ++i) {
+        kernel.expand_block(view.pieces, view.piece_count, task.weight + i * block_bytes,
+                            room.blocks + i * room.block_bytes);
+      }
+      bits = 4;
+      block_bytes = room.block_bytes;
+      task.weight = room.blocks;
     }
-    view.kernel->run(view.bits, task);
+    if (kernel.run_blocks != nullptr) {
+      kernel.run_blocks(bits, task, count, block_bytes, view.n - b * block_n);
+    } else {
+      kernel.run(bits, task);
+    }
   }
 }
 

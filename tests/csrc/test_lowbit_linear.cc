@@ -226,9 +226,10 @@ void over_pieces(Isa isa) {
   const LinearKernel& kernel = *linear_kernel(isa);
   const LinearKernel& reference = *linear_kernel(Isa::reference);
   check::Random random(3);
-  for (int round = 0; round < 40; ++round) {
+  for (int round = 0; round < 80; ++round) {
     const int bits = (const int[]){2, 3, 4, 8}[round % 4];
-    const int64_t m = 1 + random.below(7), n = 1 + random.below(40), groups = 1 + random.below(3);
+    const int64_t m = 1 + random.below(round % 5 == 0 ? 90 : 7), n = 1 + random.below(round % 7 == 0 ? 200 : 40),
+                  groups = 1 + random.below(3);
     std::vector<KPiece> pieces;
     int64_t k = 0, row_bytes = 0;
     for (int64_t g = 0; g < groups; ++g) {
@@ -276,8 +277,8 @@ void over_pieces(Isa isa) {
       const LinearKernel& one = *kernels[which];
       const int64_t bytes = packed_view_bytes(one, bits, n, groups, pieces.data(), piece_count);
       void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
-      packed_view_write(one, bits, n, groups, pieces.data(), piece_count, codes.data(), k, scale.data(), zero.data(),
-                        memory);
+      packed_view_write(one, bits, bits, n, groups, pieces.data(), piece_count, codes.data(), k, scale.data(),
+                        zero.data(), memory);
       PackedView view;
       CHECK(packed_view_read(one, memory, bytes, &view) == Status::ok);
       std::vector<uint8_t> codes_back(codes.size());
@@ -290,6 +291,35 @@ void over_pieces(Isa isa) {
     }
     CHECK_NOTE(same_bits(out[0], out[1]), "%s: bits=%d m=%d n=%d k=%d in %d pieces", isa_name(isa), bits,
                static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), static_cast<int>(piece_count));
+  }
+}
+
+// Three bits take three where four would not fit a core's cache; where they would, a kernel may use four.
+void three_bits_by_size(Isa isa) {
+  check::Random random(4);
+  const LinearShape small = {64, 1024, 3, 1024}, large = {321, 7003, 3, 1000};
+  if (linear_kernel(isa)->expand_block != nullptr) {
+    const LinearShape as_four = {64, 1024, 4, 1024};
+    CHECK(linear_layout_bytes(small, isa) == linear_layout_bytes(as_four, isa));
+    const double bytes = static_cast<double>(linear_layout_bytes(large, isa));
+    CHECK_NOTE(bytes < 0.45 * 384 * 7100, "%g bytes", bytes);
+    // A zero that only 4 bits hold is not an integer zero of 3.
+    Weights w = make_weights(small, Zeros::uniform, random);
+    w.zero.assign(w.zero.size(), 8.0f);
+    std::vector<float> x(1024);
+    for (float& v : x) v = random.uniform();
+    CHECK(same_bits(forward(Layout(w, isa), small, x.data(), 1024, 1, nullptr, 64),
+                    forward(Layout(w, Isa::reference), small, x.data(), 1024, 1, nullptr, 64)));
+  }
+  const Weights w = make_weights(large, Zeros::uniform, random);
+  const Layout tested(w, isa), oracle(w, Isa::reference);
+  check_unpack(tested, w, isa);
+  std::vector<float> x(static_cast<size_t>(21 * large.k));
+  for (float& v : x) v = random.uniform();
+  for (int64_t m : {1, 2, 3, 4, 5, 6, 7, 21}) {
+    CHECK_NOTE(same_bits(forward(tested, large, x.data(), large.k, m, nullptr, large.n),
+                         forward(oracle, large, x.data(), large.k, m, nullptr, large.n)),
+               "%s: %d rows of 3 bits", isa_name(isa), static_cast<int>(m));
   }
 }
 
@@ -437,6 +467,7 @@ int main() {
     at_the_largest_sums(isas[i]);
     over_pieces(isas[i]);
     fused(isas[i]);
+    three_bits_by_size(isas[i]);
     bad_input(isas[i]);
     forced_ran = true;
     std::printf("  %-12s %s\n", isa_name(isas[i]),
