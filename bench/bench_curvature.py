@@ -1,7 +1,7 @@
 """Hessian eigenvalues against PyHessian 0.1, hessian-eigenthings 1.0.0a5 and curvlinops 3.0.1, in one process.
 
     BANTAMWEIGHT_DATA=... python bench/bench_curvature.py [--models resnet20 encoder] [--tasks top1 top5 layers]
-        [--batch 128] [--threads 1] [--json]
+        [--batch 128] [--peers PyHessian] [--threads 1] [--json]
 
 Tasks: the top eigenvalue, the top five, and the top one of every layer's weight (exactly, and by the one-pass
 Gauss-Newton ranking). Models: CIFAR-10 ResNet-20 with its trained weights on test images, and a 4-layer encoder of
@@ -245,12 +245,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["resnet20", "encoder"], default=["resnet20", "encoder"])
     parser.add_argument("--tasks", nargs="+", choices=["top1", "top5", "layers"], default=["top1", "top5", "layers"])
     parser.add_argument("--batch", type=int, default=128, help="images for ResNet-20")
+    parser.add_argument("--peers", nargs="*", help="only these (PyHessian eigenthings curvlinops)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found, missing = peers()
+    if args.peers is not None:
+        found = {name: call for name, call in found.items() if name.split()[0] in args.peers}
     report: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(), "threads": args.threads, "torch": torch.__version__,
         "missing": missing, "batch": args.batch, "results": [],

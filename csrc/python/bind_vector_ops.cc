@@ -37,27 +37,26 @@ void bind_vector_ops(py::module_& module) {
       "vector_select", [](const char* ceiling) { return bw::isa_name(bw::vector_select(isa_or_raise(ceiling))); },
       py::arg("ceiling") = "");
   module.def(
-      "vector_project",
-      [](const Addresses& parts, const Sizes& sizes, float scale, const Addresses& rows, std::uintptr_t w, int64_t n,
-         const char* isa) {
+      "vector_measure",
+      [](const Addresses& parts, const Sizes& sizes, const Addresses& rows, int64_t n, const char* isa) {
         same_length_or_raise(parts.size(), sizes.size(), "parts and sizes");
         const bw::Isa ceiling = isa_or_raise(isa);
         std::vector<double> dots(rows.size());
-        double norm2 = 0.0;
         bw::Status status;
         {
           py::gil_scoped_release unlocked;
-          status = bw::vector_project(as_pointers<const float>(parts), sizes.data(), static_cast<int64_t>(sizes.size()),
-                                      scale, as_pointers<const float>(rows), static_cast<int64_t>(rows.size()),
-                                      as_pointer<float>(w), n, dots.data(), &norm2, ceiling);
+          status = bw::vector_measure(as_pointers<const float>(parts), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                      as_pointers<const float>(rows), static_cast<int64_t>(rows.size()), n, dots.data(),
+                                      ceiling);
         }
-        return py::make_tuple(static_cast<int>(status), dots, norm2);
+        return py::make_tuple(static_cast<int>(status), dots);
       },
-      "(status, <rows[i], w>, <w, w>) after w = scale * the parts end to end");
+      "(status, <rows[i], x>) for the parts end to end, x");
   module.def(
-      "vector_subtract",
-      [](const Addresses& removed, const std::vector<float>& coefficients, const Addresses& rows, std::uintptr_t w,
-         int64_t n, const char* isa) {
+      "vector_remove",
+      [](const Addresses& parts, const Sizes& sizes, float scale, const Addresses& removed,
+         const std::vector<float>& coefficients, const Addresses& rows, std::uintptr_t w, int64_t n, const char* isa) {
+        same_length_or_raise(parts.size(), sizes.size(), "parts and sizes");
         same_length_or_raise(removed.size(), coefficients.size(), "removed and coefficients");
         const bw::Isa ceiling = isa_or_raise(isa);
         std::vector<double> dots(rows.size());
@@ -65,14 +64,15 @@ void bind_vector_ops(py::module_& module) {
         bw::Status status;
         {
           py::gil_scoped_release unlocked;
-          status = bw::vector_subtract(as_pointers<const float>(removed), coefficients.data(),
-                                       static_cast<int64_t>(removed.size()), as_pointers<const float>(rows),
-                                       static_cast<int64_t>(rows.size()), as_pointer<float>(w), n, dots.data(), &norm2,
-                                       ceiling);
+          status = bw::vector_remove(as_pointers<const float>(parts), sizes.data(), static_cast<int64_t>(sizes.size()),
+                                     scale, as_pointers<const float>(removed), coefficients.data(),
+                                     static_cast<int64_t>(removed.size()), as_pointers<const float>(rows),
+                                     static_cast<int64_t>(rows.size()), as_pointer<float>(w), n, dots.data(), &norm2,
+                                     ceiling);
         }
         return py::make_tuple(static_cast<int>(status), dots, norm2);
       },
-      "(status, <rows[i], w>, <w, w>) after w -= sum_i coefficients[i] * removed[i]");
+      "(status, <rows[i], w>, <w, w>) after w = scale * the parts end to end - sum_i coefficients[i] * removed[i]");
   module.def("vector_dot", [](const Addresses& x, const Addresses& y, const Sizes& sizes, const char* isa) {
     same_length_or_raise(x.size(), sizes.size(), "x and sizes");
     same_length_or_raise(y.size(), sizes.size(), "y and sizes");

@@ -9,6 +9,9 @@ namespace {
 // The 32 lanes of a sum are four registers.
 constexpr int kRegisters = 4;
 
+// The line that the next chunk reads here, into the second level: a chunk of every row is more than the first holds.
+void fetch_ahead(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kVectorChunk), _MM_HINT_T1); }
+
 // The last, incomplete 32 elements, followed by zeros.
 void read_tail(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < 8 * kRegisters; ++i) to[i] = i < count ? from[i] : 0.0f;
@@ -34,7 +37,9 @@ void dots_of(const float* const* rows, int64_t at, const float* w, int64_t n, fl
     for (int j = 0; j < kRegisters; ++j) {
       const __m256 wj = _mm256_loadu_ps(w + i + 8 * j);
       for (int r = 0; r < kRows; ++r) {
-        lanes[r][j] = _mm256_fmadd_ps(_mm256_loadu_ps(rows[r] + at + i + 8 * j), wj, lanes[r][j]);
+        const float* row = rows[r] + at + i + 8 * j;
+        if (j % 2 == 0) fetch_ahead(row);  // two registers are a line
+        lanes[r][j] = _mm256_fmadd_ps(_mm256_loadu_ps(row), wj, lanes[r][j]);
       }
     }
   }
@@ -62,55 +67,61 @@ __m256i tail_mask(int64_t left) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)), lane);
 }
 
-// kRows multiples removed in one reading and writing of w.
+// kRows multiples removed from scale * x in one reading of x and writing of w.
 template <int kRows>
-void subtract_of(const float* const* rows, const float* coefficients, int64_t at, float* w, int64_t n) {
-  __m256 c[kRows];
+void combine_of(const float* x, float scale, const float* const* rows, const float* coefficients, int64_t at, float* w,
+                int64_t n) {
+  __m256 c[kRows + 1];
   for (int r = 0; r < kRows; ++r) c[r] = _mm256_set1_ps(coefficients[r]);
+  const __m256 factor = _mm256_set1_ps(scale);
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    __m256 sum = _mm256_loadu_ps(w + i);
-    for (int r = 0; r < kRows; ++r) sum = _mm256_fnmadd_ps(c[r], _mm256_loadu_ps(rows[r] + at + i), sum);
+    fetch_ahead(x + i);
+    __m256 sum = _mm256_mul_ps(factor, _mm256_loadu_ps(x + i));
+    for (int r = 0; r < kRows; ++r) {
+      const float* row = rows[r] + at + i;
+      fetch_ahead(row);
+      sum = _mm256_fnmadd_ps(c[r], _mm256_loadu_ps(row), sum);
+    }
     _mm256_storeu_ps(w + i, sum);
   }
   if (i < n) {
     const __m256i m = tail_mask(n - i);
-    __m256 sum = _mm256_maskload_ps(w + i, m);
+    __m256 sum = _mm256_mul_ps(factor, _mm256_maskload_ps(x + i, m));
     for (int r = 0; r < kRows; ++r) sum = _mm256_fnmadd_ps(c[r], _mm256_maskload_ps(rows[r] + at + i, m), sum);
     _mm256_maskstore_ps(w + i, m, sum);
   }
 }
 
-void subtract(const float* const* rows, const float* coefficients, int64_t k, int64_t at, float* w, int64_t n) {
-  int64_t r = 0;
-  for (; r + 8 <= k; r += 8) subtract_of<8>(rows + r, coefficients + r, at, w, n);
-  for (; r + 4 <= k; r += 4) subtract_of<4>(rows + r, coefficients + r, at, w, n);
-  for (; r < k; ++r) subtract_of<1>(rows + r, coefficients + r, at, w, n);
+void combine(const float* x, float scale, const float* const* rows, const float* coefficients, int64_t k, int64_t at,
+             float* w, int64_t n) {
+  if (k == 0) return combine_of<0>(x, scale, rows, coefficients, at, w, n);
+  for (int64_t r = 0; r < k;) {  // each group goes on from what the one before it left in w
+    if (r + 4 <= k) {
+      combine_of<4>(x, scale, rows + r, coefficients + r, at, w, n);
+      r += 4;
+    } else if (r + 2 <= k) {
+      combine_of<2>(x, scale, rows + r, coefficients + r, at, w, n);
+      r += 2;
+    } else {
+      combine_of<1>(x, scale, rows + r, coefficients + r, at, w, n);
+      r += 1;
+    }
+    x = w;
+    scale = 1.0f;
+  }
 }
 
-void axpy(float a, const float* x, float* y, int64_t n) {
-  const __m256 factor = _mm256_set1_ps(a);
+void stream(const float* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(y + i, _mm256_fmadd_ps(factor, _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    for (; i + 8 <= n; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+    _mm_sfence();  // before another thread may read it
   }
-  if (i < n) {
-    const __m256i m = tail_mask(n - i);
-    _mm256_maskstore_ps(y + i, m, _mm256_fmadd_ps(factor, _mm256_maskload_ps(x + i, m), _mm256_maskload_ps(y + i, m)));
-  }
+  for (; i < n; ++i) to[i] = from[i];
 }
 
-void scale(float a, const float* x, float* y, int64_t n) {
-  const __m256 factor = _mm256_set1_ps(a);
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_mul_ps(factor, _mm256_loadu_ps(x + i)));
-  if (i < n) {
-    const __m256i m = tail_mask(n - i);
-    _mm256_maskstore_ps(y + i, m, _mm256_mul_ps(factor, _mm256_maskload_ps(x + i, m)));
-  }
-}
-
-const VectorKernel kKernel = {Isa::avx2, dots, subtract, axpy, scale};
+const VectorKernel kKernel = {Isa::avx2, dots, combine, stream};
 
 }  // namespace
 

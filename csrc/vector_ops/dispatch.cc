@@ -20,6 +20,9 @@ const VariantList<VectorKernel>& variants() {
 // A task is this many chunks: enough work to be worth handing to a thread.
 constexpr int64_t kTask = 16 * kVectorChunk;
 
+// A vector of this many floats (16 MiB) will have left the caches before anything reads it again.
+constexpr int64_t kStreamed = int64_t{4} << 20;
+
 int64_t task_count(int64_t n) { return (n + kTask - 1) / kTask; }
 
 bool valid_list(const int64_t* sizes, int64_t count, int64_t* total) {
@@ -71,50 +74,57 @@ void sum_over_chunks(int64_t n, int64_t width, double* totals, Body body) {
   }
 }
 
-// The sums of a chunk of w: its products with k rows, then its own square.
-void sums_of_chunk(const VectorKernel& kernel, const float* const* rows, int64_t k, const float* w, int64_t begin,
-                   int64_t end, float* sums) {
-  const float* chunk = w + begin;
-  kernel.dots(rows, k, begin, chunk, end - begin, sums);
-  kernel.dots(&chunk, 1, 0, chunk, end - begin, sums + k);
-}
-
 }  // namespace
 
 const Isa* vector_variants(std::size_t* count) { return variants().isas(count); }
 
 Isa vector_select(Isa ceiling) { return variants().pick(ceiling)->isa; }
 
-Status vector_project(const float* const* parts, const int64_t* sizes, int64_t count, float scale,
-                      const float* const* rows, int64_t k, float* w, int64_t n, double* dots, double* norm2,
-                      Isa ceiling) try {
+Status vector_measure(const float* const* parts, const int64_t* sizes, int64_t count, const float* const* rows,
+                      int64_t k, int64_t n, double* dots, Isa ceiling) try {
   int64_t total;
-  if (k < 0 || norm2 == nullptr || !valid_list(sizes, count, &total) || total != n) return Status::invalid_argument;
+  if (k < 0 || !valid_list(sizes, count, &total) || total != n) return Status::invalid_argument;
   const VectorKernel& kernel = *variants().pick(ceiling);
   const std::vector<int64_t> starts = starts_of(sizes, count);
-  std::vector<double> totals(static_cast<size_t>(k) + 1);
-  sum_over_chunks(n, k + 1, totals.data(), [&](int64_t begin, int64_t end, float* sums) {
+  sum_over_chunks(n, k, dots, [&](int64_t begin, int64_t end, float* sums) {
+    float gathered[kVectorChunk];
+    const float* chunk = gathered;
     for_parts(starts, begin, end, [&](int64_t part, int64_t from, int64_t to, int64_t length) {
-      kernel.scale(scale, parts[part] + from, w + begin + to, length);
+      if (length == end - begin) {
+        chunk = parts[part] + from;  // the whole chunk lies in one tensor
+      } else {
+        std::copy(parts[part] + from, parts[part] + from + length, gathered + to);
+      }
     });
-    sums_of_chunk(kernel, rows, k, w, begin, end, sums);
+    kernel.dots(rows, k, begin, chunk, end - begin, sums);
   });
-  std::copy(totals.begin(), totals.end() - 1, dots);
-  *norm2 = totals.back();
   return Status::ok;
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;
 }
 
-Status vector_subtract(const float* const* removed, const float* coefficients, int64_t r, const float* const* rows,
-                       int64_t k, float* w, int64_t n, double* dots, double* norm2, Isa ceiling) try {
-  if (r < 0 || k < 0 || n < 0 || norm2 == nullptr) return Status::invalid_argument;
+Status vector_remove(const float* const* parts, const int64_t* sizes, int64_t count, float scale,
+                     const float* const* removed, const float* coefficients, int64_t r, const float* const* rows,
+                     int64_t k, float* w, int64_t n, double* dots, double* norm2, Isa ceiling) try {
+  int64_t total;
+  if (r < 0 || k < 0 || norm2 == nullptr || !valid_list(sizes, count, &total) || total != n) {
+    return Status::invalid_argument;
+  }
   const VectorKernel& kernel = *variants().pick(ceiling);
+  const std::vector<int64_t> starts = starts_of(sizes, count);
   std::vector<double> totals(static_cast<size_t>(k) + 1);
+  const bool past_caches = n >= kStreamed;
   sum_over_chunks(n, k + 1, totals.data(), [&](int64_t begin, int64_t end, float* sums) {
-    kernel.subtract(removed, coefficients, r, begin, w + begin, end - begin);
-    // Rows that were removed are still in the cache: their second reading costs no memory traffic.
-    sums_of_chunk(kernel, rows, k, w, begin, end, sums);
+    alignas(64) float made[kVectorChunk];
+    float* chunk = past_caches ? made : w + begin;
+    for_parts(starts, begin, end, [&](int64_t part, int64_t from, int64_t to, int64_t length) {
+      kernel.combine(parts[part] + from, scale, removed, coefficients, r, begin + to, chunk + to, length);
+    });
+    // The rows that were removed are still in the cache: their second reading costs no memory traffic.
+    kernel.dots(rows, k, begin, chunk, end - begin, sums);
+    const float* const self = chunk;
+    kernel.dots(&self, 1, 0, chunk, end - begin, sums + k);
+    if (past_caches) kernel.stream(made, w + begin, end - begin);
   });
   std::copy(totals.begin(), totals.end() - 1, dots);
   *norm2 = totals.back();
@@ -150,7 +160,10 @@ Status vector_axpy(float a, const float* const* x, float* const* y, const int64_
   const std::vector<int64_t> starts = starts_of(sizes, count);
   sum_over_chunks(n, 0, nullptr, [&](int64_t begin, int64_t end, float*) {
     for_parts(starts, begin, end, [&](int64_t part, int64_t from, int64_t, int64_t length) {
-      kernel.axpy(a, x[part] + from, y[part] + from, length);
+      const float minus = -a;
+      const float* const row = x[part] + from;
+      float* const to = y[part] + from;
+      kernel.combine(to, 1.0f, &row, &minus, 1, 0, to, length);
     });
   });
   return Status::ok;
@@ -165,7 +178,7 @@ Status vector_scale(float a, float* const* x, const int64_t* sizes, int64_t coun
   const std::vector<int64_t> starts = starts_of(sizes, count);
   sum_over_chunks(n, 0, nullptr, [&](int64_t begin, int64_t end, float*) {
     for_parts(starts, begin, end, [&](int64_t part, int64_t from, int64_t, int64_t length) {
-      kernel.scale(a, x[part] + from, x[part] + from, length);
+      kernel.combine(x[part] + from, a, nullptr, nullptr, 0, 0, x[part] + from, length);
     });
   });
   return Status::ok;

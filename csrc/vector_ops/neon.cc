@@ -56,43 +56,49 @@ void dots(const float* const* rows, int64_t k, int64_t at, const float* w, int64
   for (; r < k; ++r) dots_of<1>(rows + r, at, w, n, sums + r);
 }
 
-// kRows multiples removed in one reading and writing of w.
+// kRows multiples removed from scale * x in one reading of x and writing of w.
 template <int kRows>
-void subtract_of(const float* const* rows, const float* coefficients, int64_t at, float* w, int64_t n) {
+void combine_of(const float* x, float scale, const float* const* rows, const float* coefficients, int64_t at, float* w,
+                int64_t n) {
   int64_t i = 0;
   for (; i + 4 <= n; i += 4) {
-    float32x4_t sum = vld1q_f32(w + i);
+    float32x4_t sum = vmulq_n_f32(vld1q_f32(x + i), scale);
     for (int r = 0; r < kRows; ++r) {
       sum = vfmsq_f32(sum, vld1q_f32(rows[r] + at + i), vdupq_n_f32(coefficients[r]));
     }
     vst1q_f32(w + i, sum);
   }
   for (; i < n; ++i) {
-    for (int r = 0; r < kRows; ++r) w[i] = __builtin_fmaf(-coefficients[r], rows[r][at + i], w[i]);
+    float sum = scale * x[i];
+    for (int r = 0; r < kRows; ++r) sum = __builtin_fmaf(-coefficients[r], rows[r][at + i], sum);
+    w[i] = sum;
   }
 }
 
-void subtract(const float* const* rows, const float* coefficients, int64_t k, int64_t at, float* w, int64_t n) {
-  int64_t r = 0;
-  for (; r + 8 <= k; r += 8) subtract_of<8>(rows + r, coefficients + r, at, w, n);
-  for (; r + 4 <= k; r += 4) subtract_of<4>(rows + r, coefficients + r, at, w, n);
-  for (; r < k; ++r) subtract_of<1>(rows + r, coefficients + r, at, w, n);
+void combine(const float* x, float scale, const float* const* rows, const float* coefficients, int64_t k, int64_t at,
+             float* w, int64_t n) {
+  if (k == 0) return combine_of<0>(x, scale, rows, coefficients, at, w, n);
+  for (int64_t r = 0; r < k;) {  // each group goes on from what the one before it left in w
+    if (r + 4 <= k) {
+      combine_of<4>(x, scale, rows + r, coefficients + r, at, w, n);
+      r += 4;
+    } else {
+      combine_of<1>(x, scale, rows + r, coefficients + r, at, w, n);
+      r += 1;
+    }
+    x = w;
+    scale = 1.0f;
+  }
 }
 
-void axpy(float a, const float* x, float* y, int64_t n) {
-  const float32x4_t factor = vdupq_n_f32(a);
+// Ordinary stores: these CPUs notice by themselves when whole lines are overwritten.
+void stream(const float* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vfmaq_f32(vld1q_f32(y + i), factor, vld1q_f32(x + i)));
-  for (; i < n; ++i) y[i] = __builtin_fmaf(a, x[i], y[i]);
+  for (; i + 4 <= n; i += 4) vst1q_f32(to + i, vld1q_f32(from + i));
+  for (; i < n; ++i) to[i] = from[i];
 }
 
-void scale(float a, const float* x, float* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4) vst1q_f32(y + i, vmulq_n_f32(vld1q_f32(x + i), a));
-  for (; i < n; ++i) y[i] = a * x[i];
-}
-
-const VectorKernel kKernel = {Isa::neon, dots, subtract, axpy, scale};
+const VectorKernel kKernel = {Isa::neon, dots, combine, stream};
 
 }  // namespace
 

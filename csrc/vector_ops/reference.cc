@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "vector_ops/vector_ops.h"
@@ -18,22 +19,21 @@ void dots(const float* const* rows, int64_t k, int64_t at, const float* w, int64
   for (int64_t r = 0; r < k; ++r) sums[r] = dot(rows[r] + at, w, n);
 }
 
-void axpy(float a, const float* x, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = std::fma(a, x[i], y[i]);
+void combine(const float* x, float scale, const float* const* rows, const float* coefficients, int64_t k, int64_t at,
+             float* w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float sum = scale * x[i];
+    for (int64_t r = 0; r < k; ++r) sum = std::fma(-coefficients[r], rows[r][at + i], sum);
+    w[i] = sum;
+  }
 }
 
-void subtract(const float* const* rows, const float* coefficients, int64_t k, int64_t at, float* w, int64_t n) {
-  for (int64_t r = 0; r < k; ++r) axpy(-coefficients[r], rows[r] + at, w, n);
-}
-
-void scale(float a, const float* x, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = a * x[i];
-}
+void stream(const float* from, float* to, int64_t n) { std::copy(from, from + n, to); }
 
 }  // namespace
 
 const VectorKernel* vector_kernel_reference() {
-  static const VectorKernel kernel = {Isa::reference, dots, subtract, axpy, scale};
+  static const VectorKernel kernel = {Isa::reference, dots, combine, stream};
   return &kernel;
 }
 

@@ -1,10 +1,10 @@
 // The long vectors of power iteration and Lanczos: lists of tensors and bases in flat storage.
 //
-// Orthogonalising costs two passes over the basis: vector_project gathers a list of tensors into
-// flat storage and takes its dot products with basis vectors in the same reading, and
-// vector_subtract removes them and measures what rounding left behind. A Lanczos step knows most
-// coefficients beforehand (nearly all are zero), so it projects on one vector only and makes one
-// pass over the whole basis: the one that measures.
+// Orthogonalising costs two passes over memory. vector_measure reads a list of tensors as it lies
+// and takes its dot products with basis vectors; vector_remove reads the list again, writes it to
+// flat storage without its projections, and measures what rounding left behind while everything is
+// still in the cache. A Lanczos step knows most coefficients beforehand (nearly all are zero), so
+// its first pass reads one basis vector only, and its second the whole basis.
 //
 // Sums run over chunks of kVectorChunk elements of the flat vector. Inside a chunk, element i is
 // added to lane i % 32 by fused multiply-adds in ascending order, and the lanes are folded in
@@ -27,30 +27,30 @@ constexpr int64_t kVectorLanes = 32;
 // What callers use. A list of tensors is `count` pointers to contiguous floats and `count` sizes;
 // taken one after the other they are one flat vector.
 
-// w = scale * concatenation of the list; dots[i] = <rows[i], w>; *norm2 = <w, w>.
-Status vector_project(const float* const* parts,  // [count] the list
+// dots[i] = <rows[i], x> for the concatenation x of the list.
+Status vector_measure(const float* const* parts,  // [count] the list
                       const int64_t* sizes,       // [count] their elements, n in all
-                      int64_t count, float scale,
-                      const float* const* rows,  // [k] basis vectors of n floats each
-                      int64_t k,
-                      float* w,  // out [n], no overlap with anything above
-                      int64_t n,
-                      double* dots,   // out [k]
-                      double* norm2,  // out
+                      int64_t count,
+                      const float* const* rows,  // [k] vectors of n floats each
+                      int64_t k, int64_t n,
+                      double* dots,  // out [k]
                       Isa ceiling);
 
-// w -= sum_i coefficients[i] * removed[i]; then dots[i] = <rows[i], w> and *norm2 = <w, w> of the
-// new w, all in one pass over memory.
-Status vector_subtract(const float* const* removed,  // [r] vectors of n floats each
-                       const float* coefficients,    // [r]
-                       int64_t r,
-                       const float* const* rows,  // [k] vectors of n floats each, `removed` among them or not
-                       int64_t k,
-                       float* w,  // in and out [n]
-                       int64_t n,
-                       double* dots,   // out [k]
-                       double* norm2,  // out
-                       Isa ceiling);
+// w = scale * x - sum_i coefficients[i] * removed[i] for the concatenation x of the list; then
+// dots[i] = <rows[i], w> and *norm2 = <w, w>, all in one pass over memory.
+Status vector_remove(const float* const* parts,  // [count] the list; w itself may be its only part
+                     const int64_t* sizes,       // [count] their elements, n in all
+                     int64_t count, float scale,
+                     const float* const* removed,  // [r] vectors of n floats each
+                     const float* coefficients,    // [r]
+                     int64_t r,
+                     const float* const* rows,  // [k] vectors of n floats each, `removed` among them or not
+                     int64_t k,
+                     float* w,  // out [n], no overlap with rows or removed
+                     int64_t n,
+                     double* dots,   // out [k]
+                     double* norm2,  // out
+                     Isa ceiling);
 
 // *result = <x, y> over two lists of the same sizes (the same list twice: the squared norm).
 Status vector_dot(const float* const* x, const float* const* y, const int64_t* sizes, int64_t count, double* result,
@@ -69,18 +69,19 @@ const Isa* vector_variants(std::size_t* count);
 Isa vector_select(Isa ceiling);
 
 // ---------------------------------------------------------------------------------------------
-// One variant, on one chunk of n <= kVectorChunk floats; pointers need no alignment.
+// One variant, on one chunk of n <= kVectorChunk floats; pointers need no alignment. Rows are
+// fetched one chunk ahead: there are more of them than a CPU follows by itself, and it stops
+// following at the end of each page.
 
 struct VectorKernel {
   Isa isa;
   // sums[i] = <rows[i] + at, w> for i < k.
   void (*dots)(const float* const* rows, int64_t k, int64_t at, const float* w, int64_t n, float* sums);
-  // w -= coefficients[i] * (rows[i] + at), i ascending.
-  void (*subtract)(const float* const* rows, const float* coefficients, int64_t k, int64_t at, float* w, int64_t n);
-  // y = fma(a, x, y)
-  void (*axpy)(float a, const float* x, float* y, int64_t n);
-  // y = a * x (x may be y)
-  void (*scale)(float a, const float* x, float* y, int64_t n);
+  // w = scale * x - coefficients[i] * (rows[i] + at), i ascending, by fused multiply-adds; w may be x.
+  void (*combine)(const float* x, float scale, const float* const* rows, const float* coefficients, int64_t k,
+                  int64_t at, float* w, int64_t n);
+  // to = from, past the caches where the CPU can; `to` is not read soon.
+  void (*stream)(const float* from, float* to, int64_t n);
 };
 
 const VectorKernel* vector_kernel_reference();

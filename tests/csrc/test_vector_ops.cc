@@ -55,27 +55,46 @@ std::vector<T*> pointers(std::vector<Vector>& vectors) {
   return list;
 }
 
-Answer project(Case& c, float scale, bw::Isa isa) {
+Answer measure(Case& c, bw::Isa isa) {
   Answer a;
-  a.w.assign(static_cast<size_t>(c.n), -1.0f);
   a.dots.assign(c.rows.size(), -1.0);
   const auto parts = pointers<const float>(c.parts), rows = pointers<const float>(c.rows);
-  CHECK(bw::vector_project(parts.data(), c.sizes.data(), static_cast<int64_t>(c.sizes.size()), scale, rows.data(),
-                           static_cast<int64_t>(rows.size()), a.w.data(), c.n, a.dots.data(), &a.norm2,
-                           isa) == bw::Status::ok);
+  CHECK(bw::vector_measure(parts.data(), c.sizes.data(), static_cast<int64_t>(c.sizes.size()), rows.data(),
+                           static_cast<int64_t>(rows.size()), c.n, a.dots.data(), isa) == bw::Status::ok);
   return a;
 }
 
-Answer subtract(Case& c, const Vector& w, bw::Isa isa) {
+// The first of the rows are removed, all are measured.
+Vector coefficients_of(const Case& c) {
+  Vector coefficients(c.rows.size() - c.rows.size() / 3);
+  for (size_t i = 0; i < coefficients.size(); ++i) coefficients[i] = 0.25f * static_cast<float>(i + 1);
+  return coefficients;
+}
+
+Answer remove(Case& c, float scale, bw::Isa isa) {
+  Answer a;
+  a.w.assign(static_cast<size_t>(c.n), -1.0f);
+  a.dots.assign(c.rows.size(), -1.0);
+  const Vector coefficients = coefficients_of(c);
+  const auto parts = pointers<const float>(c.parts), rows = pointers<const float>(c.rows);
+  CHECK(bw::vector_remove(parts.data(), c.sizes.data(), static_cast<int64_t>(c.sizes.size()), scale, rows.data(),
+                          coefficients.data(), static_cast<int64_t>(coefficients.size()), rows.data(),
+                          static_cast<int64_t>(rows.size()), a.w.data(), c.n, a.dots.data(), &a.norm2,
+                          isa) == bw::Status::ok);
+  return a;
+}
+
+// The same with w as its own only part.
+Answer remove_in_place(Case& c, const Vector& w, bw::Isa isa) {
   Answer a;
   a.w = w;
   a.dots.assign(c.rows.size(), -1.0);
-  Vector coefficients(c.rows.size() - c.rows.size() / 3);  // the first of them are removed, all are measured
-  for (size_t i = 0; i < coefficients.size(); ++i) coefficients[i] = 0.25f * static_cast<float>(i + 1);
+  const Vector coefficients = coefficients_of(c);
   const auto rows = pointers<const float>(c.rows);
-  CHECK(bw::vector_subtract(rows.data(), coefficients.data(), static_cast<int64_t>(coefficients.size()), rows.data(),
-                            static_cast<int64_t>(rows.size()), a.w.data(), c.n, a.dots.data(), &a.norm2,
-                            isa) == bw::Status::ok);
+  const float* const self = a.w.data();
+  CHECK(bw::vector_remove(&self, &c.n, 1, 1.0f, rows.data(), coefficients.data(),
+                          static_cast<int64_t>(coefficients.size()), rows.data(), static_cast<int64_t>(rows.size()),
+                          a.w.data(), c.n, a.dots.data(), &a.norm2, isa) == bw::Status::ok);
   return a;
 }
 
@@ -98,38 +117,35 @@ Answer lists(Case& c, bw::Isa isa) {
   return a;
 }
 
-void check_reference(Case& c, const Answer& projected, float scale) {
+double dot_in_double(const Vector& x, const Vector& y) {
+  double sum = 0.0;
+  for (size_t i = 0; i < x.size(); ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return sum;
+}
+
+void check_dots(const Case& c, const Vector& w, const Answer& a) {
+  const double square = dot_in_double(w, w);
+  for (size_t r = 0; r < c.rows.size(); ++r) {
+    CHECK(std::fabs(a.dots[r] - dot_in_double(w, c.rows[r])) <= 1e-6 * (square + 1.0));
+  }
+}
+
+void check_reference(Case& c, float scale) {
   Vector flat;
   for (const Vector& part : c.parts) flat.insert(flat.end(), part.begin(), part.end());
-  double square = 0.0;
+  check_dots(c, flat, measure(c, bw::Isa::reference));
+  const Answer left = remove(c, scale, bw::Isa::reference);
+  const Vector coefficients = coefficients_of(c);
   for (size_t i = 0; i < flat.size(); ++i) {
-    CHECK(projected.w[i] == scale * flat[i]);
-    square += static_cast<double>(projected.w[i]) * static_cast<double>(projected.w[i]);
-  }
-  CHECK(std::fabs(projected.norm2 - square) <= 1e-6 * square);
-  for (size_t r = 0; r < c.rows.size(); ++r) {
-    double sum = 0.0;
-    for (size_t i = 0; i < flat.size(); ++i) {
-      sum += static_cast<double>(projected.w[i]) * static_cast<double>(c.rows[r][i]);
-    }
-    CHECK(std::fabs(projected.dots[r] - sum) <= 1e-6 * (square + 1.0));
-  }
-  const Answer left = subtract(c, projected.w, bw::Isa::reference);
-  for (size_t i = 0; i < flat.size(); ++i) {
-    double expected = static_cast<double>(projected.w[i]);
-    for (size_t r = 0; r < c.rows.size() - c.rows.size() / 3; ++r) {
-      expected -= 0.25 * static_cast<double>(r + 1) * static_cast<double>(c.rows[r][i]);
+    double expected = static_cast<double>(scale) * static_cast<double>(flat[i]);
+    for (size_t r = 0; r < coefficients.size(); ++r) {
+      expected -= static_cast<double>(coefficients[r]) * static_cast<double>(c.rows[r][i]);
     }
     CHECK(std::fabs(static_cast<double>(left.w[i]) - expected) <= 1e-4);
   }
-  for (size_t r = 0; r < c.rows.size(); ++r) {
-    double sum = 0.0, square_left = 0.0;
-    for (size_t i = 0; i < flat.size(); ++i) {
-      sum += static_cast<double>(left.w[i]) * static_cast<double>(c.rows[r][i]);
-      square_left += static_cast<double>(left.w[i]) * static_cast<double>(left.w[i]);
-    }
-    CHECK(std::fabs(left.dots[r] - sum) <= 1e-6 * (square_left + 1.0));
-  }
+  check_dots(c, left.w, left);
+  const double square = dot_in_double(left.w, left.w);
+  CHECK(std::fabs(left.norm2 - square) <= 1e-6 * square);
 }
 
 void check_bad_arguments() {
@@ -141,10 +157,22 @@ void check_bad_arguments() {
   CHECK(bw::vector_dot(list, list, &negative, 1, &result, isa) == bw::Status::invalid_argument);
   CHECK(bw::vector_dot(list, list, nullptr, 1, &result, isa) == bw::Status::invalid_argument);
   CHECK(bw::vector_dot(list, list, &two, 1, nullptr, isa) == bw::Status::invalid_argument);
-  CHECK(bw::vector_project(list, &two, 1, 1.0f, nullptr, 0, x, 3, nullptr, &result, isa) ==
+  CHECK(bw::vector_measure(list, &two, 1, nullptr, 0, 3, nullptr, isa) == bw::Status::invalid_argument);
+  CHECK(bw::vector_remove(list, &two, 1, 1.0f, list, x, 0, list, 0, x, 3, nullptr, &result, isa) ==
         bw::Status::invalid_argument);
-  CHECK(bw::vector_subtract(list, x, -1, list, 1, x, 2, nullptr, &result, isa) == bw::Status::invalid_argument);
-  CHECK(bw::vector_subtract(list, x, 1, list, -1, x, 2, nullptr, &result, isa) == bw::Status::invalid_argument);
+  CHECK(bw::vector_remove(list, &two, 1, 1.0f, list, x, -1, list, 1, x, 2, nullptr, &result, isa) ==
+        bw::Status::invalid_argument);
+  CHECK(bw::vector_remove(list, &two, 1, 1.0f, list, x, 1, list, -1, x, 2, nullptr, &result, isa) ==
+        bw::Status::invalid_argument);
+}
+
+// A vector so long that it is written past the caches, whole chunks and a tail.
+void check_long(bw::Isa isa) {
+  Case c({(int64_t{4} << 20) - 5, 40}, 2, 1);
+  const Answer expected = remove(c, 0.5f, bw::Isa::reference);
+  CHECK(same_bits(remove(c, 0.5f, isa), expected));
+  Answer split = remove(c, 0.5f, isa);
+  CHECK(same_bits(remove_in_place(c, split.w, isa), remove_in_place(c, expected.w, bw::Isa::reference)));
 }
 
 }  // namespace
@@ -165,14 +193,18 @@ int main() {
     for (const auto& list : sizes) {
       for (const int64_t k : {0, 1, 2, 3, 5, 8, 13}) {
         Case c(list, k, static_cast<unsigned>(++cases));
-        const Answer expected = project(c, 0.7f, bw::Isa::reference);
-        if (isas[v] == bw::Isa::reference) check_reference(c, expected, 0.7f);
-        CHECK_NOTE(same_bits(project(c, 0.7f, isas[v]), expected), "project, n=%d k=%d", int(c.n), int(k));
-        CHECK_NOTE(same_bits(subtract(c, expected.w, isas[v]), subtract(c, expected.w, bw::Isa::reference)),
-                   "subtract, n=%d k=%d", int(c.n), int(k));
+        if (isas[v] == bw::Isa::reference) check_reference(c, 0.7f);
+        const Answer expected = remove(c, 0.7f, bw::Isa::reference);
+        CHECK_NOTE(same_bits(measure(c, isas[v]), measure(c, bw::Isa::reference)), "measure, n=%d k=%d", int(c.n),
+                   int(k));
+        CHECK_NOTE(same_bits(remove(c, 0.7f, isas[v]), expected), "remove, n=%d k=%d", int(c.n), int(k));
+        CHECK_NOTE(
+            same_bits(remove_in_place(c, expected.w, isas[v]), remove_in_place(c, expected.w, bw::Isa::reference)),
+            "remove in place, n=%d k=%d", int(c.n), int(k));
         CHECK_NOTE(same_bits(lists(c, isas[v]), lists(c, bw::Isa::reference)), "lists, n=%d", int(c.n));
       }
     }
+    check_long(isas[v]);
     std::printf("vector_ops %s ran, equal to the reference in %d cases\n", bw::isa_name(isas[v]), cases);
   }
   check_bad_arguments();

@@ -142,7 +142,7 @@ def density_of(
 def _quadrature(matrix: SymmetricMatrix, start: Tensor, steps: int, bar: Any) -> tuple[np.ndarray, np.ndarray]:
     """Gauss quadrature of the spectral measure of `start`: nodes, and weights that sum to 1."""
     basis = Basis(matrix.size, matrix.dtype, matrix.device)
-    basis.append(basis.orthogonalise([start])[2])
+    basis.append(basis.orthogonalise([start]).after)
     alphas, betas, scale = [], [], 0.0
     for j in range(steps):
         parts = matrix.product(basis.row(j))
@@ -150,7 +150,7 @@ def _quadrature(matrix: SymmetricMatrix, start: Tensor, steps: int, bar: Any) ->
         known = np.zeros(j)  # the three-term recurrence: only the coefficient on the vector before is not zero
         if j:
             known[-1] = betas[-1]
-        coefficients, length, beta = basis.orthogonalise(parts, float(1.0 / basis.norms[j]), known)
+        coefficients, length, beta, _ = basis.orthogonalise(parts, float(1.0 / basis.norms[j]), known)
         alphas.append(coefficients[j])
         scale = max(scale, length)
         if j + 1 == steps or beta <= 20 * torch.finfo(matrix.dtype).eps * scale:

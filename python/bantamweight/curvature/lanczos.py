@@ -92,7 +92,7 @@ def lanczos(
 
     basis = Basis(matrix.size, matrix.dtype, matrix.device)
     for vector in _start_block(matrix, start, block_size, seed):
-        _, before, after = basis.orthogonalise([vector])
+        _, before, after, _ = basis.orthogonalise([vector])
         if after > 100 * torch.finfo(matrix.dtype).eps * before:
             basis.append(after)
 
@@ -119,7 +119,7 @@ def lanczos(
             bar.update()
             # T is symmetric: the coefficients on vectors that are done stand in its row p already, nearly all zero.
             known = np.where(np.abs(T[p, :p]) > torch.finfo(matrix.dtype).eps * scale, T[p, :p], 0.0)
-            coefficients, length, beta = basis.orthogonalise(parts, float(1.0 / basis.norms[p]), known)
+            coefficients, length, beta, _ = basis.orthogonalise(parts, float(1.0 / basis.norms[p]), known)
             m = len(basis)
             T = _grown(T, m + 1)
             T[:m, p] = coefficients
@@ -176,7 +176,7 @@ def _append_random(basis: Basis, seed: int) -> bool:
     if len(basis) == basis.size:
         return False
     vector = random_start(1, basis.size, basis.dtype, basis.device, seed)[0]
-    _, before, after = basis.orthogonalise([vector])
+    _, before, after, _ = basis.orthogonalise([vector])
     if after <= 100 * torch.finfo(basis.dtype).eps * before:
         return False
     basis.append(after)

@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bantamweight.curvature import vectors
 from bantamweight.curvature.lanczos import RitzPairs, SymmetricMatrix
 from bantamweight.curvature.vectors import Basis, random_start
 from bantamweight.errors import BantamweightError
@@ -47,25 +45,25 @@ def power_iteration(
     products, converged = 0, True
     with tqdm(total=k * max_steps, desc="power iteration", unit="product", leave=False, disable=progress) as bar:
         for j in range(k):
-            _, _, norm = found.orthogonalise([seeds[j]])
+            norm = found.orthogonalise([seeds[j]]).after
+            v, spare = found.free_row(), seeds[j]
             value = None
             for _ in range(max_steps):
-                v = found.row(len(found)).clone()
                 parts = matrix.product(v)
                 products += 1
                 bar.update()
-                flat = torch.cat([part.reshape(-1) for part in parts])
-                previous, value = value, vectors.dot([flat], [v]) / norm**2
-                _, before, after = found.orthogonalise([flat], scale=1.0 / norm)
-                residual = float(np.sqrt(max(before**2 - value**2, 0.0)))
-                norm = after
-                if after == 0.0 or (previous is not None and abs(value - previous) < tol * (abs(previous) + 1e-6)):
+                step = found.orthogonalise(parts, scale=1.0 / norm, along=v, into=spare)
+                previous, value = value, step.inner / norm
+                residual = float(np.sqrt(max(step.before**2 - value**2, 0.0)))
+                if step.after == 0.0:  # H v lies among the vectors found before: v itself is the eigenvector
+                    break
+                v, spare, norm = spare, v, step.after
+                if previous is not None and abs(value - previous) < tol * (abs(previous) + 1e-6):
                     break
             else:
                 converged = False
-            if norm == 0.0:  # H v = 0: v itself is the eigenvector
-                found.orthogonalise([v])
-                norm = float(torch.linalg.vector_norm(found.row(len(found))))
+            if v.data_ptr() != found.free_row().data_ptr():
+                found.free_row().copy_(v)
             found.append(norm)
             values.append(value)
             residuals.append(residual)
