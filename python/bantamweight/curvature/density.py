@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bantamweight.curvature.hvp import Hessian, LossFunction
+from bantamweight.curvature.hvp import Hessian
 from bantamweight.curvature.lanczos import SymmetricMatrix
+from bantamweight.curvature.mean_loss import LossFunction
 from bantamweight.curvature.result import Conditions, Result
 from bantamweight.curvature.trace import rademacher
 from bantamweight.curvature.vectors import Basis

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bantamweight.curvature.hvp import Hessian, LossFunction
+from bantamweight.curvature.hvp import Hessian
 from bantamweight.curvature.lanczos import lanczos
+from bantamweight.curvature.mean_loss import LossFunction
 from bantamweight.curvature.power import power_iteration
 from bantamweight.curvature.result import Conditions, Result
 from bantamweight.curvature.vectors import random_start

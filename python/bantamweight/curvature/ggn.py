@@ -14,17 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
-from bantamweight.curvature.hvp import Batch, LossFunction, as_batches, evaluation, free_memory
+from bantamweight.curvature.batches import Batch, as_batches
+from bantamweight.curvature.gram import Call, backward, eigenvector_of, forward, gram_of, weight_of
 from bantamweight.curvature.lanczos import DenseMatrix, lanczos
+from bantamweight.curvature.mean_loss import LossFunction, free_memory
 from bantamweight.curvature.result import Conditions, Result
-from bantamweight.errors import BantamweightError, CalibrationError, UnsupportedLayerError
+from bantamweight.errors import BantamweightError, CalibrationError
 
 MOST_ROWS = 8192
 
@@ -57,16 +57,6 @@ class GaussNewton(Result):
         from bantamweight.curvature.plots import plot_bars
 
         return plot_bars(list(self.values), list(self.values.values()), "largest Gauss-Newton eigenvalue", path)
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a layer on one batch."""
-
-    inputs: Tensor
-    version: int
-    output: Tensor
-    gradients: list[Tensor] = field(default_factory=list)  # one a backward pass, of the output
 
 
 def gauss_newton_eigenvalues(
@@ -134,19 +124,19 @@ def gauss_newton_eigenvalues(
     passes = 0
     grams = {name: torch.zeros(rows, rows, dtype=torch.float64, device=device) for name in blocks}
     members = {name: [block for block, names in blocks.items() if name in names] for name in wanted}
-    kept_calls: dict[str, list[list[_Call]]] = {}
+    kept_calls: dict[str, list[list[Call]]] = {}
     groups = _groups(wanted, shapes, max((kept.shape[1] for _, kept in factors), default=1), memory)
     with tqdm(total=len(wanted), desc="Gauss-Newton", unit="layer", leave=False, disable=progress) as bar:
         for group in groups:
             chosen = {name: layers[name] for name in group}
             calls = {name: [] for name in group}
             for batch, (factor, kept) in zip(batches, factors, strict=True):
-                found = _backward(model, batch, factor, int(kept.any(0).sum()), chosen)
+                found = backward(model, batch, factor, int(kept.any(0).sum()), chosen)
                 passes += int(kept.any(0).sum())
                 for name in group:
                     calls[name].append(found[name])
             for name in group:
-                gram = _gram(layers[name], calls[name], [kept for _, kept in factors], rows, memory)
+                gram = gram_of(layers[name], calls[name], [kept for _, kept in factors], rows, memory)
                 for block in members[name]:
                     grams[block] += gram
                 bar.update()
@@ -158,7 +148,7 @@ def gauss_newton_eigenvalues(
         values[block] = float(pair.values[0])
         tops[block] = pair.vectors[0]
     eigenvectors = {
-        block: _eigenvector(names, layers, kept_calls, [kept for _, kept in factors], tops[block])
+        block: eigenvector_of(names, layers, kept_calls, [kept for _, kept in factors], tops[block])
         for block, names in blocks.items()
         if kept_calls
     }
@@ -167,7 +157,7 @@ def gauss_newton_eigenvalues(
         differentiation="gauss_newton",
         samples=samples,
         batches=count,
-        parameters=sum(_weight(layers[name]).numel() for name in wanted),
+        parameters=sum(weight_of(layers[name]).numel() for name in wanted),
         blocks=tuple(blocks),
         loss=loss,
     )
@@ -181,43 +171,6 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module.weight.requires_grad
     }
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _record(layers: Mapping[str, nn.Module], calls: dict[str, list[_Call]]) -> list[Any]:
-    """Hooks that note what each layer is given and gives."""
-
-    def hook(name: str) -> Any:
-        def note(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            calls[name].append(_Call(args[0].detach(), args[0]._version, output))
-            return output.clone()  # an activation in place would otherwise overwrite the node differentiated at
-
-        return note
-
-    return [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-
-
-def _forward(model: nn.Module, batch: Batch, layers: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, list[_Call]]]:
-    calls: dict[str, list[_Call]] = {name: [] for name in layers}
-    handles = _record(layers, calls)
-    try:
-        with evaluation(model, "eval"):
-            outputs = model(*batch.arguments, **batch.keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != batch.samples:
-        came = f"a tensor {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
-        raise UnsupportedLayerError(
-            f"the model gave {came} for {batch.samples} samples, but this needs outputs [n, classes]; use the exact "
-            "metric 'lambda_max' instead"
-        )
-    return outputs, calls
 
 
 def _loss_factors(
@@ -235,7 +188,7 @@ def _loss_factors(
     pairs, loss, sizes = [], 0.0, dict.fromkeys(layers, 0)
     for i, batch in enumerate(batches):
         with torch.no_grad():
-            outputs, calls = _forward(model, batch, layers)
+            outputs, calls = forward(model, batch, layers)
         for name, found in calls.items():
             sizes[name] += sum(call.output.numel() for call in found)
         share = batch.samples / samples
@@ -288,123 +241,3 @@ def _groups(names: Sequence[str], sizes: Mapping[str, int], directions: int, mem
         groups[-1].append(name)
         used += need
     return groups
-
-
-def _backward(
-    model: nn.Module, batch: Batch, factor: Tensor, directions: int, layers: Mapping[str, nn.Module]
-) -> dict[str, list[_Call]]:
-    """Every layer's calls with the gradients of their outputs, one for each direction."""
-    with torch.enable_grad():
-        outputs, calls = _forward(model, batch, layers)
-    every = [call for found in calls.values() for call in found]
-    for r in range(directions):
-        gradients = torch.autograd.grad(
-            outputs, [call.output for call in every], factor[:, r], retain_graph=r + 1 < directions,
-            materialize_grads=True,
-        )  # fmt: skip
-        for call, gradient in zip(every, gradients, strict=True):
-            call.gradients.append(gradient)
-    for name, found in calls.items():
-        for call in found:
-            if call.inputs._version != call.version:
-                raise UnsupportedLayerError(
-                    f"the input of {name} is overwritten in place after it; remove inplace=True"
-                )
-    return calls
-
-
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The inputs as [n, groups, columns of the weight, positions]."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(len(x), -1, x.shape[-1]).mT[:, None]
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    padding = layer._reversed_padding_repeated_twice
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    if any(padding):
-        x = functional.pad(x, list(padding), mode=mode)
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    if isinstance(layer, nn.Conv1d):
-        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
-    columns = functional.unfold(x, kernel, dilation=dilation, stride=stride)
-    return columns.unflatten(1, (layer.groups, -1))
-
-
-def _slopes(layer: nn.Module, gradient: Tensor) -> Tensor:
-    """An output gradient as [n, groups, outputs a group, positions]."""
-    if isinstance(layer, nn.Linear):
-        return gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT[:, None]
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-    return gradient.flatten(2).unflatten(1, (layer.groups, -1))
-
-
-def _gram(
-    layer: nn.Module, batches: Sequence[Sequence[_Call]], kept: Sequence[Tensor], rows: int, memory: int
-) -> Tensor:
-    """A A^T [rows, rows] of one layer, its columns taken in pieces that fit in memory."""
-    weight = _weight(layer)
-    per_output = weight[0].numel()
-    outputs = layer.out_channels // layer.groups if isinstance(layer, nn.Conv1d | nn.Conv2d) else weight.shape[0]
-    groups = weight.shape[0] // outputs
-    step = max(1, min(outputs, memory // max(1, 4 * rows * per_output * groups)))
-    gram = torch.zeros(rows, rows, dtype=torch.float64, device=weight.device)
-    plain = isinstance(layer, nn.Linear) and all(len(calls) == 1 and calls[0].inputs.ndim == 2 for calls in batches)
-    if plain:  # one position a sample: rows are outer products, whose inner products factor
-        x = torch.cat([c[0].inputs[row] for c, k in zip(batches, kept, strict=True) for _, row in _by_direction(k)])
-        d = torch.cat(
-            [c[0].gradients[r][row] for c, k in zip(batches, kept, strict=True) for r, row in _by_direction(k)]
-        )
-        return gram.add_((x @ x.T) * (d @ d.T))
-    patches = [[_patches(layer, call.inputs) for call in calls] for calls in batches]
-    for start in range(0, outputs, step):
-        pieces = []
-        for calls, columns, k in zip(batches, patches, kept, strict=True):
-            for r, row in _by_direction(k):
-                piece: Tensor | None = None
-                for call, x in zip(calls, columns, strict=True):
-                    slope = _slopes(layer, call.gradients[r])[row, :, start : start + step]
-                    part = slope @ x[row].mT
-                    piece = part if piece is None else piece + part
-                if piece is not None:
-                    pieces.append(piece.flatten(1))
-        if pieces:
-            A = torch.cat(pieces)
-            gram += A @ A.T
-    return gram
-
-
-def _by_direction(kept: Tensor) -> list[tuple[int, Tensor]]:
-    """(direction, the samples that keep it) for every direction that one keeps: the order of the rows of A."""
-    return [(r, kept[:, r].nonzero()[:, 0]) for r in range(kept.shape[1]) if bool(kept[:, r].any())]
-
-
-def _eigenvector(
-    names: Sequence[str],
-    layers: Mapping[str, nn.Module],
-    calls: Mapping[str, Sequence[Sequence[_Call]]],
-    kept: Sequence[Tensor],
-    top: Tensor,
-) -> dict[str, Tensor]:
-    """A^T top, normalised over the block: the eigenvector of A^T A in the weights' shapes."""
-    parts: dict[str, Tensor] = {}
-    for name in names:
-        layer = layers[name]
-        total = torch.zeros(_weight(layer).shape, dtype=torch.float64, device=top.device)
-        at = 0
-        for found, k in zip(calls[name], kept, strict=True):
-            mixes: list[Tensor | None] = [None] * len(found)
-            for r, row in _by_direction(k):
-                share = torch.zeros(len(k), dtype=top.dtype, device=top.device)
-                share[row] = top[at : at + len(row)]
-                at += len(row)
-                for i, call in enumerate(found):
-                    slope = _slopes(layer, call.gradients[r])
-                    part = slope * share.to(slope.dtype)[:, None, None, None]
-                    mix = mixes[i]
-                    mixes[i] = part if mix is None else mix + part
-            for mix, call in zip(mixes, found, strict=True):
-                if mix is not None:
-                    columns = _patches(layer, call.inputs)
-                    total += torch.einsum("ngol,ngpl->gop", mix, columns).reshape(total.shape)
-        parts[name] = total
-    length = np.sqrt(sum(float((part**2).sum()) for part in parts.values()))
-    return {name: (part / (length or 1.0)).to(_weight(layers[name]).dtype) for name, part in parts.items()}

@@ -8,25 +8,32 @@ top eigenvalue over subsets (Shen et al., 2020, arXiv:1909.05840).
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch import nn
 from tqdm import tqdm
 
+from bantamweight.curvature.batches import as_batches
 from bantamweight.curvature.eigenvalues import Eigenvalues, eigenvalues_of
 from bantamweight.curvature.ggn import gauss_newton_eigenvalues
-from bantamweight.curvature.hvp import Batch, Hessian, LossFunction, as_batches, evaluation
+from bantamweight.curvature.hvp import Hessian
+from bantamweight.curvature.layer_groups import (
+    as_groups,
+    default_groups,
+    multiply_adds,
+    random_subsets,
+    target_layers,
+    weight_name,
+)
+from bantamweight.curvature.mean_loss import LossFunction
 from bantamweight.curvature.result import FORMAT_VERSION, Conditions, Result
 from bantamweight.curvature.trace import block_traces
-from bantamweight.errors import BantamweightError, CalibrationError, FormatError
+from bantamweight.errors import BantamweightError, FormatError
 from bantamweight.quantize.calibrate import TargetLayer, layer_weight
 from bantamweight.quantize.grid import Grid, alphabet, weight_range
 
@@ -212,18 +219,18 @@ def sensitivity(
         raise BantamweightError(
             f"subsets ({subsets}) must be at least 1, and fraction ({fraction}) above 0 and at most 1"
         )
-    targets = _target_layers(model, ignore)
-    groups = _as_groups(blocks, targets) if blocks is not None else _default_groups(model, targets, per)
+    targets = target_layers(model, ignore)
+    groups = as_groups(blocks, targets) if blocks is not None else default_groups(model, targets, per)
     used = {name: targets[name] for names in groups.values() for name in names}
     device = next(iter(used.values())).weight.device
     batches = as_batches(data, device)
-    macs = _multiply_adds(model, batches[0], used, options.get("mode", "eval"))
+    macs = multiply_adds(model, batches[0], used, options.get("mode", "eval"))
 
     measured: list[dict[str, float]] = []
     spent, converged = 0, True
     warm: dict[str, Eigenvalues] = {}
     conditions: Conditions | None = None
-    parts = _subsets(batches, subsets, fraction, seed)
+    parts = random_subsets(batches, subsets, fraction, seed)
     for number, subset in enumerate(tqdm(parts, desc=f"sensitivity ({metric})", unit="subset", disable=progress)):
         if metric == "ggn":
             found = gauss_newton_eigenvalues(model, loss_fn, subset, blocks=groups, progress=progress)
@@ -233,7 +240,7 @@ def sensitivity(
         hessian = Hessian(model, loss_fn, subset, blocks=[f"{name}.weight" if name else "weight" for name in used],
                           **options)  # fmt: skip
         conditions = hessian.conditions
-        names = {block: [_parameter(layer) for layer in layers] for block, layers in groups.items()}
+        names = {block: [weight_name(layer) for layer in layers] for block, layers in groups.items()}
         if metric == "trace":
             traces = block_traces(hessian, names, products=products, seed=seed + number, progress=progress)
             measured.append({block: trace.value for block, trace in traces.items()})
@@ -312,114 +319,3 @@ def _describe(
         score=score,
         errors={b: sum(rounding_error(layers[name], b, group_size) for name in names) for b in bits},
     )
-
-
-def _parameter(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
-
-
-def _target_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, TargetLayer]:
-    """The layers that `quantize` can handle and whose weight requires grad."""
-    try:
-        patterns = [re.compile(pattern) for pattern in ([ignore] if isinstance(ignore, str) else ignore)]
-    except re.error as error:
-        raise BantamweightError(f"ignore holds {error.pattern!r}, which is no regular expression: {error}") from None
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and module.weight.requires_grad
-        and not any(pattern.fullmatch(name) for pattern in patterns)
-    }
-    if not layers:
-        raise BantamweightError(
-            "the model has no linear or 2d convolution layer whose weight requires grad; check `ignore`, or call "
-            "model.requires_grad_(True) first"
-        )
-    return layers
-
-
-def _as_groups(blocks: Mapping[str, Sequence[str]], layers: Mapping[str, TargetLayer]) -> dict[str, list[str]]:
-    groups = {}
-    for block, patterns in blocks.items():
-        names = [patterns] if isinstance(patterns, str) else list(patterns)
-        found = [name for name in layers if any(name == p or name.startswith(f"{p}.") for p in names)]
-        if not found:
-            raise BantamweightError(f"the block {block!r} ({', '.join(names)}) holds no linear or 2d convolution layer")
-        groups[block] = found
-    taken = [name for names in groups.values() for name in names]
-    if twice := [name for name in taken if taken.count(name) > 1]:
-        raise BantamweightError(f"{twice[0]} is in more than one block; list each layer once")
-    return groups
-
-
-def _default_groups(model: nn.Module, layers: Mapping[str, TargetLayer], per: str) -> dict[str, list[str]]:
-    if per == "layer":
-        return {name: [name] for name in layers}
-    if per != "block":
-        raise BantamweightError(f"per is {per!r}, but must be 'layer' or 'block'; name your own with blocks=")
-    groups: dict[str, list[str]] = {}
-    containers: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer in containers)
-        if name and isinstance(module, nn.ModuleList | nn.Sequential) and not inside:
-            containers.append(name)
-            for child, _ in module.named_children():
-                block = f"{name}.{child}"
-                if found := [layer for layer in layers if layer == block or layer.startswith(block + ".")]:
-                    groups[block] = found
-    inside = {name for names in groups.values() for name in names}
-    groups.update({name: [name] for name in layers if name not in inside})
-    order = list(layers)
-    return dict(sorted(groups.items(), key=lambda item: order.index(item[1][0])))
-
-
-def _multiply_adds(model: nn.Module, batch: Batch, layers: Mapping[str, TargetLayer], mode: str) -> dict[str, int]:
-    """Multiply-adds of every layer for one sample, counted in one forward pass."""
-    counts = dict.fromkeys(layers, 0)
-
-    def hook(name: str) -> Any:
-        def count(module: TargetLayer, _: Any, output: Tensor) -> None:
-            counts[name] += output.numel() * module.weight[0].numel() // batch.samples
-
-        return count
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad(), evaluation(model, mode):
-            model(*batch.arguments, **batch.keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if idle := [name for name, count in counts.items() if count == 0]:
-        raise BantamweightError(f"{idle[0]} is never called by the model; list it in ignore")
-    return counts
-
-
-def _subsets(batches: list[Batch], count: int, fraction: float, seed: int) -> list[list[tuple[Any, Any]]]:
-    """`count` random draws without replacement of a part of all samples, each cut into batches."""
-    pairs = [(batch.keywords or batch.arguments, batch.targets) for batch in batches]
-    if count == 1:
-        return [pairs]
-    flat = [tree_flatten(pair)[0] for pair in pairs]
-    tensors = [leaf for leaf in flat[0] if isinstance(leaf, Tensor)]
-    samples = sum(batch.samples for batch in batches)
-    widest = max(batch.samples for batch in batches)
-    try:
-        whole = tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *pairs)
-        if any(len(tensor) != batches[0].samples for tensor in tensors):
-            raise BantamweightError("not every tensor has one row a sample")
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CalibrationError(
-            f"the batches cannot be cut into subsets of samples ({str(error).splitlines()[0]}); pad them to one shape, "
-            "or pass subsets=1"
-        ) from None
-    size = max(1, math.floor(fraction * samples + 0.5))
-    generator = torch.Generator().manual_seed(seed)
-    device = tensors[0].device
-    chosen = [torch.randperm(samples, generator=generator)[:size].to(device) for _ in range(count)]
-
-    def pick(rows: Tensor) -> Any:
-        return tree_map_only(Tensor, lambda tensor: tensor[rows], whole)
-
-    return [[pick(rows) for rows in choice.split(widest)] for choice in chosen]

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bantamweight.curvature.batches import as_batches, evaluation
 from bantamweight.curvature.eigenvalues import Eigenvalues
-from bantamweight.curvature.hvp import LossFunction, as_batches, evaluation
+from bantamweight.curvature.mean_loss import LossFunction
 from bantamweight.curvature.result import Result
 from bantamweight.errors import BantamweightError
 
