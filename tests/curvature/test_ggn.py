@@ -4,7 +4,7 @@ import pytest
 import torch
 from bantamweight.curvature import gauss_newton_eigenvalues
 from bantamweight.errors import CalibrationError, UnsupportedLayerError
-from small_networks import ConvNet, network
+from small_networks import ConvNet, dense_hessian, network
 from torch import nn
 from torch.nn import functional
 
@@ -133,3 +133,20 @@ def test_samples_without_curvature_are_left_out():
     assert seen[0] == 8 and max(seen[1:]) < 8
     assert quick.values == pytest.approx(full.values, rel=1e-3)
     assert quick.conditions.samples == 8
+
+
+def test_the_check_takes_the_exact_curvature_and_names_what_differs():
+    model, (inputs, targets) = network("attention")
+    data = (inputs, targets)
+    loader = iter([(inputs[:3], targets[:3]), (inputs[3:], targets[3:])])  # can be read only once
+    blocks = {"qk": ["q", "k"], "v": ["v"], "out": ["out"], "head": ["head"]}
+    result = gauss_newton_eigenvalues(model, functional.cross_entropy, loader, blocks=blocks, rank_tol=0.0, check=True)
+    for block, layers in blocks.items():
+        H = dense_hessian(model, functional.cross_entropy, data, [f"{layer}.weight" for layer in layers])
+        v = torch.cat([result.vectors[block][layer].reshape(-1) for layer in layers])
+        assert result.checks[block] == pytest.approx(float(v @ H @ v), abs=1e-10)
+    # Nothing but the loss curves the logits, so the last layer's two matrices are one; attention's are not.
+    assert result.checks["head"] == pytest.approx(result.values["head"], rel=1e-9)
+    assert "qk" in result.doubtful and "head" not in result.doubtful
+    assert "doubtful" in str(result) and json.loads(result.to_json())["checks"] == result.checks
+    assert gauss_newton_eigenvalues(model, functional.cross_entropy, data).checks == {}

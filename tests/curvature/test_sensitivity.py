@@ -56,9 +56,19 @@ def test_one_pass_score_of_the_last_layer_is_exact():
     """Cross-entropy is linear in nothing but the logits, so there the two curvatures are one."""
     model, data = network("mlp")
     exact = sensitivity(model, functional.cross_entropy, data, subsets=1, tol=1e-12)
-    quick = sensitivity(model, functional.cross_entropy, data, subsets=1, metric="ggn")
+    quick = sensitivity(model, functional.cross_entropy, data, subsets=1, metric="ggn", check=False)
+    assert quick.doubtful is None and exact.doubtful is None
     assert quick.products == 0 and set(quick.scores) == set(exact.scores)
     assert quick.scores["4"] == pytest.approx(exact.scores["4"], rel=2e-3)
+
+
+def test_one_pass_scores_name_the_layers_they_may_misjudge():
+    model, data = network("attention")
+    result = sensitivity(model, functional.cross_entropy, data, subsets=1, metric="ggn")
+    assert result.products == len(result.layers) == 5  # one a layer
+    assert result.doubtful and "head" not in result.doubtful
+    assert all(name in str(result).partition("doubtful")[2] for name in result.doubtful)
+    assert Sensitivity.from_json(result.to_json()).doubtful == result.doubtful
 
 
 class Encoder(nn.Module):

@@ -3,8 +3,9 @@
 The Gauss-Newton matrix (Schraudolph, 2002, doi:10.1162/08997660260028683) of a layer's weight is A^T A, where A has
 a row for every sample n and direction c of the outputs: the gradient of sqrt(h_nc) e_nc . outputs_n, with (h, e) the
 eigenpairs of the loss's Hessian in the outputs. A A^T has the same largest eigenvalue and only as many rows as there
-are samples and directions that matter, so no Hessian-vector product is needed. It sees no negative curvature: use it
-to rank layers, or to start Lanczos.
+are samples and directions that matter, so no Hessian-vector product is needed. It leaves out the network's own
+curvature, which can be negative: use it to rank layers, or to start Lanczos, and let `check` say where even that is
+doubtful.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
+from bantamweight.curvature import vectors as vector_ops
 from bantamweight.curvature.batches import Batch, as_batches
-from bantamweight.curvature.gram import Call, backward, eigenvector_of, forward, gram_of, weight_of
+from bantamweight.curvature.gram import Call, backward, eigenvector_of, forward, gram_of, weight_name, weight_of
+from bantamweight.curvature.hvp import Hessian
 from bantamweight.curvature.lanczos import DenseMatrix, lanczos
 from bantamweight.curvature.mean_loss import LossFunction, free_memory
 from bantamweight.curvature.result import Conditions, Result
 from bantamweight.errors import BantamweightError, CalibrationError
 
 MOST_ROWS = 8192
+DOUBT = 0.5  # a block is doubtful if Hessian and Gauss-Newton matrix differ by this part along the same vector
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,6 +42,7 @@ class GaussNewton(Result):
     passes: int  # backward passes
     conditions: Conditions
     vectors: dict[str, dict[str, Tensor]] = field(repr=False)  # block -> layer -> part of the unit eigenvector
+    checks: dict[str, float]  # block -> v^T H v of that eigenvector v, with the exact Hessian; empty if not asked for
 
     _not_in_json = ("vectors",)
 
@@ -46,9 +51,21 @@ class GaussNewton(Result):
         """The blocks, sharpest first."""
         return sorted(self.values, key=lambda name: -self.values[name])
 
+    @property
+    def doubtful(self) -> list[str]:
+        """The checked blocks whose Hessian is not like the Gauss-Newton matrix where that is largest."""
+        return [
+            name for name, exact in self.checks.items() if abs(exact - self.values[name]) > DOUBT * self.values[name]
+        ]
+
     def __str__(self) -> str:
         width = max(map(len, self.values))
-        lines = [f"  {name:<{width}}  {self.values[name]:.6g}" for name in self.ranking]
+        lines = [
+            f"  {name:<{width}}  {self.values[name]:<12.6g}"
+            + (f"  Hessian {self.checks[name]:.6g}" if name in self.checks else "")
+            + ("  doubtful" if name in self.doubtful else "")
+            for name in self.ranking
+        ]
         head = f"Largest Gauss-Newton eigenvalue of {len(lines)} blocks ({self.passes} backward passes)"
         return "\n".join([head, *lines, f"  {self.conditions}"])
 
@@ -68,6 +85,7 @@ def gauss_newton_eigenvalues(
     rank_tol: float = 1e-3,
     memory: int | None = None,
     vectors: bool = False,
+    check: bool = False,
     progress: Any = None,
 ) -> GaussNewton:
     """The largest Gauss-Newton eigenvalue of every layer's weight at once.
@@ -81,6 +99,9 @@ def gauss_newton_eigenvalues(
             0 keeps all of them and is exact.
         memory: bytes for the gradients kept at once; beyond it the layers are taken in several groups.
         vectors: also find the eigenvectors (not where `memory` makes several groups).
+        check: also take the exact curvature v^T H v along every eigenvector v, one Hessian-vector product a block.
+            Where it is not the Gauss-Newton eigenvalue (`doubtful`), the network itself curves: measure such a block
+            with `top_eigenvalues` if its place in the ranking matters. Needs the eigenvectors, as `vectors` does.
 
     Raises:
         UnsupportedLayerError: a model whose outputs are not [n, classes], or a layer that cannot be handled.
@@ -108,6 +129,7 @@ def gauss_newton_eigenvalues(
         raise BantamweightError("no parameter of the model requires grad; call model.requires_grad_(True) first")
     device = parameters[0].device
     batches = as_batches(data, device)
+    drawn = [(batch.keywords or batch.arguments, batch.targets) for batch in batches]
     samples, count = sum(batch.samples for batch in batches), len(batches)
     if memory is None:
         memory = free_memory(device) // 4
@@ -140,7 +162,7 @@ def gauss_newton_eigenvalues(
                 for block in members[name]:
                     grams[block] += gram
                 bar.update()
-            if vectors and len(groups) == 1:
+            if (vectors or check) and len(groups) == 1:
                 kept_calls = calls
     values, tops = {}, {}
     for block, gram in grams.items():
@@ -161,7 +183,25 @@ def gauss_newton_eigenvalues(
         blocks=tuple(blocks),
         loss=loss,
     )
-    return GaussNewton(values=values, rows=rows, passes=passes, conditions=conditions, vectors=eigenvectors)
+    checks = _curvature_along(model, loss_fn, drawn, eigenvectors) if check else {}
+    return GaussNewton(
+        values=values, rows=rows, passes=passes, conditions=conditions, vectors=eigenvectors, checks=checks
+    )
+
+
+def _curvature_along(
+    model: nn.Module, loss_fn: LossFunction, data: Any, vectors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """v^T H v of every block's unit vector v, with the exact Hessian."""
+    weights = {block: [weight_name(layer) for layer in parts] for block, parts in vectors.items()}
+    hessian = Hessian(model, loss_fn, data, blocks=sorted({name for names in weights.values() for name in names}))
+    found = {}
+    for block, parts in vectors.items():
+        part = hessian.block(weights[block])
+        by_name = dict(zip(weights[block], parts.values(), strict=True))
+        v = torch.cat([by_name[name].reshape(-1) for name in part.names])
+        found[block] = vector_ops.dot(part.product(v), part.split(v))
+    return found
 
 
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:

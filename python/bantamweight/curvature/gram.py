@@ -29,6 +29,11 @@ class Call:
     gradients: list[Tensor] = field(default_factory=list)  # one a backward pass, of the output
 
 
+def weight_name(layer: str) -> str:
+    """The name of a layer's weight; the layer may be the whole model."""
+    return f"{layer}.weight" if layer else "weight"
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     weight = layer.weight
     assert isinstance(weight, Tensor)

@@ -16,10 +16,6 @@ from bantamweight.errors import BantamweightError, CalibrationError
 from bantamweight.quantize.calibrate import TargetLayer
 
 
-def weight_name(layer: str) -> str:
-    return f"{layer}.weight" if layer else "weight"
-
-
 def target_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, TargetLayer]:
     """The layers that `quantize` can handle and whose weight requires grad."""
     try:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from bantamweight.curvature.batches import as_batches
 from bantamweight.curvature.eigenvalues import Eigenvalues, eigenvalues_of
 from bantamweight.curvature.ggn import gauss_newton_eigenvalues
+from bantamweight.curvature.gram import weight_name
 from bantamweight.curvature.hvp import Hessian
 from bantamweight.curvature.layer_groups import (
     as_groups,
@@ -28,7 +29,6 @@ from bantamweight.curvature.layer_groups import (
     multiply_adds,
     random_subsets,
     target_layers,
-    weight_name,
 )
 from bantamweight.curvature.mean_loss import LossFunction
 from bantamweight.curvature.result import FORMAT_VERSION, Conditions, Result
@@ -88,6 +88,7 @@ class Sensitivity(Result):
     products: int  # Hessian-vector products used, over all subsets
     converged: bool
     conditions: Conditions
+    doubtful: tuple[str, ...] | None = None  # with metric "ggn" and check: what it may misjudge (see GaussNewton)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -110,9 +111,14 @@ class Sensitivity(Result):
             for layer in self.layers
         ]
         state = "" if self.converged else "; NOT all converged: raise max_products or tol"
+        doubt = (
+            f"\ndoubtful, for there the Hessian is not like the Gauss-Newton matrix: {', '.join(self.doubtful)}"
+            if self.doubtful
+            else ""
+        )
         tail = (
             f"score: {METRICS[self.metric]}; {self.subsets} subsets of {self.samples} samples, "
-            f"{self.products} Hessian-vector products{state}\n{self.conditions}"
+            f"{self.products} Hessian-vector products{state}{doubt}\n{self.conditions}"
         )
         return "\n".join([head, *rows, tail])
 
@@ -132,6 +138,8 @@ class Sensitivity(Result):
                 )
             fields["layers"] = tuple(_layer_from(layer) for layer in fields["layers"])
             conditions = fields["conditions"]
+            if fields.get("doubtful") is not None:
+                fields["doubtful"] = tuple(fields["doubtful"])
             fields["conditions"] = Conditions(**{**conditions, "blocks": tuple(conditions["blocks"])})
             return cls(**fields)
         except FormatError:
@@ -183,6 +191,7 @@ def sensitivity(
     tol: float = 1e-3,
     max_products: int = 100,
     products: int = 30,
+    check: bool = True,
     seed: int = 0,
     progress: Any = None,
     **options: Any,
@@ -202,6 +211,8 @@ def sensitivity(
         group_size: inputs that share a step when rounding; None for a whole row.
         tol, max_products: of each eigenvalue.
         products: Hessian-vector products a subset, with metric "trace"; all layers share them.
+        check: with metric "ggn", spend one product a layer on the first subset to find the layers that the one-pass
+            score may misjudge: the result's `doubtful`.
 
     Example:
         >>> import torch
@@ -228,12 +239,18 @@ def sensitivity(
 
     measured: list[dict[str, float]] = []
     spent, converged = 0, True
+    doubtful: tuple[str, ...] | None = None
     warm: dict[str, Eigenvalues] = {}
     conditions: Conditions | None = None
     parts = random_subsets(batches, subsets, fraction, seed)
     for number, subset in enumerate(tqdm(parts, desc=f"sensitivity ({metric})", unit="subset", disable=progress)):
         if metric == "ggn":
-            found = gauss_newton_eigenvalues(model, loss_fn, subset, blocks=groups, progress=progress)
+            first = number == 0
+            found = gauss_newton_eigenvalues(
+                model, loss_fn, subset, blocks=groups, check=check and first, progress=progress
+            )
+            if found.checks:
+                doubtful, spent = tuple(found.doubtful), len(found.checks)
             measured.append(found.values)
             conditions = found.conditions
             continue
@@ -275,6 +292,7 @@ def sensitivity(
         products=spent,
         converged=converged,
         conditions=conditions,
+        doubtful=doubtful,
     )
 
 
