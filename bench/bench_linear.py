@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict
 
 import torch
 from bantamweight.bench import linear
@@ -49,10 +48,11 @@ def main() -> None:
     )
     machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
     if arguments.json:
-        print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows]}))
     else:
         print(machine)
         print(linear.format_table(rows))
+        print(linear.format_kernels(rows))
 
 
 if __name__ == "__main__":

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, module) {
   bind_embedding(module);
   bind_gpfq(module);
   bind_vector_ops(module);
+  bind_machine_limits(module);
 }

@@ -14,6 +14,7 @@ void bind_conv(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_gpfq(pybind11::module_& module);
 void bind_vector_ops(pybind11::module_& module);
+void bind_machine_limits(pybind11::module_& module);
 
 // An address as Python's tensor.data_ptr() gives it.
 template <class T>

@@ -33,6 +33,7 @@ def test_rows_of_every_kernel_and_of_torch() -> None:
         assert row.error < 0.05
         assert row.gops == pytest.approx(2e-3 * row.rows * 128 * 80 / row.microseconds)
         assert row.name.startswith("torch") == row.peer
+        assert 0.0 < row.limit < 1.5  # the limit is measured too: a fast kernel may come out a little above
     for row in ours:
         peers = [peer for peer in rows if peer.peer and peer.rows == row.rows]
         assert row.ratio_any == pytest.approx(min(peer.microseconds for peer in peers) / row.microseconds)
@@ -75,6 +76,6 @@ def test_every_turn_gets_its_seconds_and_slow_ones_two_slices() -> None:
         [Turn(call=lambda: calls.append("fast"), pool="a"), Turn(call=slow, pool="b")], 0.004, threads=1
     )
     assert calls.count("slow") == 3  # one to warm up, one to see how long it takes, one slice
-    assert calls.count("fast") >= 5000  # five slices of a millisecond or a thousand calls
+    assert calls.count("fast") >= 5000  # five slices of a thousand calls
     assert fast_times.fastest <= fast_times.median < slow_times.median
     assert slow_times.median >= 0.02

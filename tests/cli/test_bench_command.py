@@ -22,7 +22,7 @@ def test_json_has_a_row_for_every_weight_and_peer(capsys):
     best = linear.best_kernel()
     assert {f"ternary {best}", f"W2 {best}", f"W4 {best}", f"W8 {best}"} <= names
     assert {(row["in_features"], row["rows"], row["threads"]) for row in found["rows"]} == {(64, 1, 1), (64, 3, 1)}
-    assert all(row["microseconds"] > 0 for row in found["rows"])
+    assert all(row["microseconds"] > 0 and row["limit"] > 0 and row["gops"] > 0 for row in found["rows"])
 
 
 def test_without_peers_every_kernel_is_timed(capsys):
@@ -38,6 +38,7 @@ def test_a_missing_peer_is_named_and_left_out(capsys, monkeypatch, tmp_path):
     assert main(["bench", "linear", "--peers", "torch,ggml", "--threads", "1"]) == 0
     said = capsys.readouterr()
     assert "torch fp32" in said.out and "ggml" not in said.out
+    assert "kernels of the peers" in said.out
     assert [line for line in said.err.splitlines() if line.startswith("ggml is left out: ")]
 
 

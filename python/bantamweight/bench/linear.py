@@ -7,7 +7,8 @@ from a float tensor to a float tensor, rounding of the activations included.
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .. import _C
 from ..io.bitpack import bits_for
 from ..nn.packed import PackedLinear
 from ..weights import QuantizedWeight
+from .limits import Limits, measure
 from .peers import Peer, build, choose
 from .timing import Turn, take_turns
 
@@ -42,6 +44,7 @@ class Row:
     spread: float  # (90th - 10th percentile) / median
     fastest: float  # microseconds of the fastest slice
     bytes: int  # of the weight as it lies in memory: codes, scales
+    floor: float  # microseconds at the machine's limit: to read `bytes` or to do the operations in int8
     error: float  # |y - x W^T| / |x W^T| with the float weights this candidate stands for
     ratio: float | None = None  # the best median of the peers of as many bits or fewer, over ours; None for peers
     ratio_any: float | None = None  # the same against peers of any bits
@@ -55,6 +58,16 @@ class Row:
     def gops(self) -> float:
         """Multiplications and additions, in 1e9 a second."""
         return 2e-3 * self.rows * self.in_features * self.out_features / self.microseconds
+
+    @property
+    def limit(self) -> float:
+        """The part of the machine's limit that was reached; a little above 1 when the limit's own loop was unlucky."""
+        return self.floor / self.microseconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every attribute and property."""
+        derived = ("gigabytes_per_second", "gops", "limit")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 def random_weight(weights: str, out_features: int, in_features: int, seed: int = 0) -> QuantizedWeight:
@@ -165,6 +178,7 @@ def run(
     libraries = choose(peers)
     batches, schemes, thread_counts = list(rows), list(weights), list(threads)
     found: list[Row] = []
+    limits: dict[int, Limits] = {}
     threads_before = torch.get_num_threads()
     try:
         for in_features, out_features in shapes:
@@ -175,12 +189,14 @@ def run(
             )
             for count in thread_counts:
                 torch.set_num_threads(count)
+                if count not in limits:
+                    limits[count] = measure()
                 with torch.inference_mode():
                     candidates = [_checked(peer, True, x) for peer in build(libraries, weight, count)]
                     for quantized in packed:
                         candidates += [_checked(ours, False, x) for ours in _ours(quantized, chosen)]
                     for batch in batches:
-                        for row in _measure(candidates, x[:batch], count, seconds):
+                        for row in _measure(candidates, x[:batch], limits[count], seconds):
                             found.append(row)
                             if progress is not None:
                                 progress(row)
@@ -194,11 +210,11 @@ def _checked(peer: Peer, is_peer: bool, x: Tensor) -> _Candidate:
     return _Candidate(peer=peer, is_peer=is_peer, exact=x[:_CHECKED] @ peer.dequantize().t())
 
 
-def _measure(candidates: Sequence[_Candidate], x: Tensor, threads: int, seconds: float) -> list[Row]:
+def _measure(candidates: Sequence[_Candidate], x: Tensor, limits: Limits, seconds: float) -> list[Row]:
     able = [c for c in candidates if c.peer.max_rows is None or x.shape[0] <= c.peer.max_rows]
     calls = [candidate.peer.prepare(x) for candidate in able]
     turns = [Turn(call=call, pool=candidate.peer.pool) for call, candidate in zip(calls, able, strict=True)]
-    times = take_turns(turns, seconds, threads=threads)
+    times = take_turns(turns, seconds, threads=limits.threads)
     rows = []
     for candidate, call, took in zip(able, calls, times, strict=True):
         others = [(other.peer.bits, its.median) for other, its in zip(able, times, strict=True) if other.is_peer]
@@ -214,11 +230,12 @@ def _measure(candidates: Sequence[_Candidate], x: Tensor, threads: int, seconds:
                 in_features=x.shape[1],
                 out_features=exact.shape[1],
                 rows=x.shape[0],
-                threads=threads,
+                threads=limits.threads,
                 microseconds=1e6 * took.median,
                 spread=took.spread,
                 fastest=1e6 * took.fastest,
                 bytes=candidate.peer.bytes,
+                floor=limits.microseconds(candidate.peer.bytes, 2.0 * x.numel() * exact.shape[1]),
                 error=error,
                 ratio=None if candidate.is_peer else _ratio([m for b, m in others if b <= bits], took.median),
                 ratio_any=None if candidate.is_peer else _ratio([m for _, m in others], took.median),
@@ -233,9 +250,8 @@ def _ratio(medians: Sequence[float], ours: float) -> float | None:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as aligned text under one heading."""
-    heading = (
-        "in x out", "M", "threads", "layer", "us", "spread", "min us", "GB/s", "GOPS", "error", "x same bits", "x any"
-    )  # fmt: skip
+    heading = ("in x out", "M", "threads", "layer", "us", "spread", "min us", "GB/s", "GOPS", "limit", "error")
+    heading += ("x same bits", "x any")
     lines: list[tuple[str, ...]] = [heading]
     for row in rows:
         lines.append(
@@ -249,6 +265,7 @@ def format_table(rows: Sequence[Row]) -> str:
                 f"{row.fastest:.1f}",
                 f"{row.gigabytes_per_second:.1f}",
                 f"{row.gops:.0f}",
+                f"{row.limit:.0%}",
                 f"{row.error:.1e}",
                 "" if row.ratio is None else f"{row.ratio:.2f}",
                 "" if row.ratio_any is None else f"{row.ratio_any:.2f}",
@@ -263,3 +280,10 @@ def format_table(rows: Sequence[Row]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def format_kernels(rows: Sequence[Row]) -> str:
+    """What ran every peer, as far as its library tells, a line each."""
+    kernels = {row.name: row.kernel or "not told by the library" for row in rows if row.peer}
+    width = max((len(name) for name in kernels), default=0)
+    return "\n".join(f"{name.ljust(width)}  {kernel}" for name, kernel in kernels.items())

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_SLICE = 1e-3  # seconds that a candidate runs before the next one's turn, on one thread
+# Seconds that a candidate runs before the next one's turn: long enough that a weight that fits some cache is there.
+_SLICE = 4e-3
 _MIN_SLICES, _MIN_SLOW_SLICES = 5, 2
 # Worker threads spin for a while after a parallel region before they sleep (measured: libgomp 5.5 ms, TBB 1.2 ms).
-# Where the threads of two libraries outnumber the cores, the next library would be timed against them: it waits,
-# and takes longer turns to pay for the wait.
+# Where the threads of two libraries outnumber the cores, the next library would be timed against them: it waits.
 _SPIN = 7e-3
-_SLICE_OF_MANY = 4e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,12 @@ def take_turns(turns: Sequence[Turn], seconds: float, *, threads: int) -> list[T
         seconds: of timed calls, each.
         threads: that a call may use; with more than one, worker threads get time to fall asleep when the pool changes.
     """
-    slice_seconds = _SLICE if threads == 1 else _SLICE_OF_MANY
-    repeats, slices = [], []
+    repeats, slices, slow = [], [], []
     for turn in turns:
         turn.call()
         once = _time(turn.call, 1)
-        repeats.append(max(1, min(1000, int(slice_seconds / max(once, 1e-7)))))
+        repeats.append(max(1, min(1000, int(_SLICE / max(once, 1e-7)))))
+        slow.append(once > seconds)
         slices.append([once] if once > seconds else [])
     left = list(range(len(turns)))
     pool = turns[-1].pool if turns else ""
@@ -59,10 +58,15 @@ def take_turns(turns: Sequence[Turn], seconds: float, *, threads: int) -> list[T
                 pool = turn.pool
                 if threads > 1:
                     time.sleep(_SPIN)
-            if repeat > 1:
+            if not slow[index]:
                 turn.call()  # untimed: it finds the caches and the heap as the candidate before left them
             slices[index].append(_time(turn.call, repeat))
-        left = [index for index in left if not _enough(slices[index], repeats[index], seconds)]
+        left = [
+            index
+            for index in left
+            if len(slices[index]) < (_MIN_SLOW_SLICES if slow[index] else _MIN_SLICES)
+            or sum(slices[index]) * repeats[index] < seconds
+        ]
     return [_summary(found) for found in slices]
 
 
@@ -71,11 +75,6 @@ def _time(call: Callable[[], Any], repeat: int) -> float:
     for _ in range(repeat):
         call()
     return (time.perf_counter() - start) / repeat
-
-
-def _enough(found: Sequence[float], repeat: int, seconds: float) -> bool:
-    least = _MIN_SLOW_SLICES if found[0] > seconds else _MIN_SLICES
-    return len(found) >= least and sum(found) * repeat >= seconds
 
 
 def _summary(found: Sequence[float]) -> Times:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
 
 import torch
 from tqdm import tqdm
@@ -38,12 +37,18 @@ def run(args: argparse.Namespace) -> None:
             kernels=kernels,
             threads=threads,
             peers=libraries,
-            seconds=0.02 if args.quick else 0.04,
+            seconds=0.02,
             progress=tell,
         )
     machine = {"cpu": cpu_name(), "threads": threads, "torch": torch.__version__}
     if args.json:
-        print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}))
-    else:
-        print(f"{machine['cpu']}, torch {torch.__version__}; M is the rows of a batch")
-        print(linear.format_table(rows))
+        print(json.dumps({"machine": machine, "rows": [row.as_dict() for row in rows]}))
+        return
+    print(
+        f"{machine['cpu']}, torch {torch.__version__}; M is the rows of a batch; limit: part of what "
+        "reading the weight or the int8 operations alone would allow"
+    )
+    print(linear.format_table(rows))
+    if libraries:
+        print("x: the best peer's time over ours; kernels of the peers:")
+        print(linear.format_kernels(rows))
