@@ -62,7 +62,7 @@ Features detect() {
   f.avx2 = ymm_state && fma && f16c && ((b >> 5) & 1);
   const bool avx512 = ((b >> 16) & 1) && ((b >> 17) & 1) && ((b >> 30) & 1) && ((b >> 31) & 1);  // F DQ BW VL
   f.avx512 = f.avx2 && zmm_state && avx512;
-  f.avx512_vnni = f.avx512 && ((c >> 11) & 1) && ((c >> 1) & 1);  // VNNI, VBMI
+  f.avx512_vnni = f.avx512 && ((c >> 11) & 1);
   f.amx_cpu = f.avx512_vnni && ((d >> 24) & 1) && ((d >> 25) & 1);
   f.amx = f.amx_cpu && tile_state && request_amx_state();
   f.avx_vnni = f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ((a >> 4) & 1);
@@ -147,7 +147,7 @@ const char* isa_missing(Isa isa) {
     case Isa::avx512:
       return f.avx512 ? nullptr : "the CPU lacks AVX-512 F, BW, VL or DQ";
     case Isa::avx512_vnni:
-      return f.avx512_vnni ? nullptr : "the CPU lacks AVX-512 VNNI or VBMI";
+      return f.avx512_vnni ? nullptr : "the CPU lacks AVX-512 VNNI";
     case Isa::amx:
       if (f.amx) return nullptr;
       return f.amx_cpu ? "the operating system does not grant the AMX tile state" : "the CPU lacks AMX-INT8";

@@ -14,7 +14,7 @@ enum class Isa : int {
   avx2 = 1,         // AVX2 + FMA + F16C
   avx_vnni = 2,     // the above + VNNI in 256 bits; CPUs with AVX-512 may lack it
   avx512 = 3,       // avx2 + F, BW, VL, DQ
-  avx512_vnni = 4,  // the above + VNNI + VBMI
+  avx512_vnni = 4,  // the above + VNNI
   amx = 5,          // the above + AMX-TILE + AMX-INT8, and the operating system's leave to use them
   neon = 11,        // AArch64 baseline
   neon_dotprod = 12,
