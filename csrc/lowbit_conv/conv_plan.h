@@ -62,7 +62,14 @@ int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images);
 // input: of the plan's size. Threads: OpenMP's current setting.
 Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out);
 
+// What follows the multiplication while its outputs lie in the cache: y = max(y + residual, 0).
+struct ConvEpilogue {
+  const float* residual = nullptr;  // the shape of y, or null
+  bool relu = false;
+};
+
 // y [images, out_h, out_w, out_channels].
-Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias, float* y);
+Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,
+                     const ConvEpilogue& epilogue, float* y);
 
 }  // namespace bantamweight

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "epilogue/epilogue.h"
 #include "lowbit_conv/conv_plan.h"
 #include "quantize_images/quantize_images.h"
 #include "runtime/scratch.h"
@@ -143,8 +144,19 @@ Tasks cut(const ConvPlan& plan, int64_t rows) {
   return tasks;
 }
 
+// On `rows` output pixels by `channels` channels; y and residual are those of the first.
+void follow_up(const ConvPlan& plan, const ConvEpilogue& epilogue, int64_t rows, int64_t channels,
+               const float* residual, float* y) {
+  const int64_t stride = plan.layout.run.out_channels;
+  const auto run = [&](const Epilogue& part) {
+    epilogue_kernel(plan.layout.isa)->run({y, stride, rows, channels, part});
+  };
+  if (residual != nullptr) run({Activation::none, residual, stride});
+  if (epilogue.relu) run({Activation::relu, nullptr, 0});
+}
+
 Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks& tasks, int64_t index,
-                const float* bias, float* y) {
+                const float* bias, const ConvEpilogue& epilogue, float* y) {
   const ConvShape& s = plan.layout.run;
   const int64_t block_chunk = index % tasks.block_chunks, rest = index / tasks.block_chunks;
   const int64_t channel_group = rest % tasks.channel_groups, row_chunk = rest / tasks.channel_groups;
@@ -166,6 +178,7 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
   auto* row_sums = reinterpret_cast<int32_t*>(memory + sums_at);
 
   y += range.begin * s.out_channels;
+  const float* residual = epilogue.residual == nullptr ? nullptr : epilogue.residual + range.begin * s.out_channels;
   if (s.depthwise()) {
     point_at_rows(plan, images, range, 0, rows, row_scale);
     DepthwiseTask task;
@@ -184,6 +197,7 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
     task.y = y;
     task.ldy = s.out_channels;
     depthwise_pick(plan.layout.isa)->run(task);
+    follow_up(plan, epilogue, row_count, s.out_channels, residual, y);
     return Status::ok;
   }
   const float* scales = row_scale;
@@ -205,9 +219,12 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
   const PackedView& view = plan.views[static_cast<size_t>(channel_group)];
   const int64_t first_channel = channel_group * view.n, blocks = ceil_div(view.n, view.kernel->block_n);
   const int64_t block_begin = block_chunk * tasks.blocks_per_task;
+  const int64_t block_end = std::min(blocks, block_begin + tasks.blocks_per_task);
   packed_view_run_blocks(view, rows, scales, sums, row_count, bias == nullptr ? nullptr : bias + first_channel,
-                         y + first_channel, s.out_channels, block_begin,
-                         std::min(blocks, block_begin + tasks.blocks_per_task));
+                         y + first_channel, s.out_channels, block_begin, block_end);
+  const int64_t first = first_channel + block_begin * view.kernel->block_n;
+  const int64_t channels = std::min(view.n, block_end * view.kernel->block_n) - block_begin * view.kernel->block_n;
+  follow_up(plan, epilogue, row_count, channels, residual == nullptr ? nullptr : residual + first, y + first);
   return Status::ok;
 }
 
@@ -217,16 +234,17 @@ Status run_images(const ConvPlan& plan, const ConvInput& input, const float* bia
   if (memory == nullptr) return Status::out_of_memory;
   ConvActivations activations;
   const Status status = conv_prepare(plan, input, memory, &activations);
-  return status == Status::ok ? conv_multiply(plan, activations, bias, y) : status;
+  return status == Status::ok ? conv_multiply(plan, activations, bias, {}, y) : status;
 }
 
 }  // namespace
 
-Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias, float* y) {
+Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,
+                     const ConvEpilogue& epilogue, float* y) {
   const Tasks tasks = cut(plan, activations.images * plan.image_rows());
   std::atomic<int> worst{static_cast<int>(Status::ok)};
   for_each_shared(tasks.count(), tasks.worth_threads, [&](int64_t i) {
-    const Status status = run_task(plan, activations, tasks, i, bias, y);
+    const Status status = run_task(plan, activations, tasks, i, bias, epilogue, y);
     if (status != Status::ok) worst.store(static_cast<int>(status));
   });
   return static_cast<Status>(worst.load());

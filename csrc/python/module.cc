@@ -6,6 +6,7 @@ PYBIND11_MODULE(_C, module) {
   bind_runtime(module);
   bind_linear(module);
   bind_conv(module);
+  bind_conv_network(module);
   bind_embedding(module);
   bind_gpfq(module);
   bind_vector_ops(module);

@@ -11,6 +11,7 @@
 void bind_runtime(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_conv(pybind11::module_& module);
+void bind_conv_network(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_gpfq(pybind11::module_& module);
 void bind_vector_ops(pybind11::module_& module);

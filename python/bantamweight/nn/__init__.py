@@ -2,6 +2,7 @@
 
 from .embedding import PackedEmbedding, SimulatedEmbedding
 from .fold import fold_batchnorm
+from .fuse import PackedConvChain, fuse_convolutions
 from .layer import QuantizedLayer
 from .packed import PackedConv2d, PackedLayer, PackedLinear
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
@@ -9,6 +10,7 @@ from .swap import PackedRecord, PackingReport, pack, pack_, unpack
 
 __all__ = [
     "PackedConv2d",
+    "PackedConvChain",
     "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
@@ -20,6 +22,7 @@ __all__ = [
     "SimulatedLayer",
     "SimulatedLinear",
     "fold_batchnorm",
+    "fuse_convolutions",
     "pack",
     "pack_",
     "unpack",

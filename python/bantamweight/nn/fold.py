@@ -48,7 +48,9 @@ def fold_batchnorm(model: M) -> tuple[M, list[str]]:
     return folded, list(pairs)
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
+    """Keeps quantized layers whole."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, QuantizedLayer) or super().is_leaf_module(m, module_qualified_name)
 
@@ -58,7 +60,7 @@ def _foldable(model: nn.Module) -> dict[str, str]:
     if not any(type(module) in _FOLDS_INTO for module in model.modules()):
         return {}
     try:
-        graph = _Tracer().trace(model)
+        graph = LayerTracer().trace(model)
     except Exception as error:  # whatever the model's own forward raises when it meets a proxy
         log.info("%s keeps its BatchNorms: torch.fx cannot trace it (%s)", type(model).__name__, error)
         return {}

@@ -1,0 +1,68 @@
+// A chain of packed convolutions, poolings and residual sums as one call.
+//
+// A layer at a time, every feature map of a batch goes through memory as floats, into pages that the
+// system has just zeroed. Here a few images run through all steps before the next ones start, in
+// memory that is kept between calls, so that feature maps stay in the caches; ReLU and residual sums
+// follow each convolution while its outputs lie in L2. The arithmetic is that of the single layers,
+// to the last bit.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "lowbit_conv/lowbit_conv.h"
+#include "runtime/status.h"
+
+namespace bantamweight {
+
+// Values are float images [h, w, channels]: value 0 is the input, value i + 1 what step i gives. The
+// last step gives the output.
+struct NetworkStep {
+  enum class Kind : int64_t {
+    conv,       // of `layout` and `bias`
+    max_pool,   // kernel, stride, padding
+    average,    // over all pixels
+    subsample,  // every stride-th pixel, `channels_before` and `channels_after` zeros around the channels
+    add,        // input + residual
+  };
+  Kind kind = Kind::conv;
+  int64_t input = 0;
+  int64_t residual = -1;  // conv, add: the value that is added to the result, or -1
+  bool relu = false;      // conv, add: last
+  const void* layout = nullptr;
+  int64_t layout_bytes = 0;
+  const float* bias = nullptr;
+  int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
+  int64_t channels_before = 0, channels_after = 0;
+};
+
+struct ImageSize {
+  int64_t channels = 0, height = 0, width = 0;
+  int64_t floats() const { return channels * height * width; }
+};
+
+class ConvNetwork {
+ public:
+  // The layouts and biases must outlive the network.
+  explicit ConvNetwork(std::vector<NetworkStep> steps);
+  ~ConvNetwork();
+
+  // The size of the output for an input of that size; invalid_argument if a step does not take its input.
+  Status output_size(const ImageSize& input, ImageSize* output) const;
+
+  // y [images, height, width, channels] of the last step. Threads: OpenMP's current setting. Callable
+  // from several threads at once.
+  Status forward(const ConvInput& input, int64_t channels, float* y) const;
+
+ private:
+  struct Prepared;  // for one size of input
+  Status prepared_for(const ImageSize& input, std::shared_ptr<const Prepared>* out) const;
+
+  std::vector<NetworkStep> steps_;
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const Prepared> latest_;
+};
+
+}  // namespace bantamweight
