@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "epilogue/epilogue.h"
+#include "layer_norm/layer_norm.h"
 #include "quantize_activations/quantize_activations.h"
 #include "runtime/isa.h"
 #include "runtime/status.h"
@@ -68,6 +69,47 @@ struct LinearArgs {
 // y = activation(x W^T + bias) + residual, with x rounded to int8 on the way in. Threads: OpenMP's
 // current setting.
 Status linear_forward(const void* layout, int64_t layout_bytes, const LinearArgs& args);
+
+struct LinearWeight {
+  const void* layout = nullptr;
+  int64_t layout_bytes = 0;
+  const float* bias = nullptr;  // [n] or null
+};
+
+// The same with several weights of one k, the outputs side by side: y is [m, n_0 + n_1 + ..], and so
+// are the residual's rows. x is rounded once. `args.bias` is not read.
+Status linears_forward(const LinearWeight* weights, int64_t count, const LinearArgs& args);
+
+// One step of a chain: h = norm(activation(h W^T + bias) + residual), what is null or none left out.
+struct ChainStage {
+  // What is added: nothing, the chain's float input, args.residual, or the output of stage i.
+  static constexpr int kNothing = -1, kInput = -2, kGiven = -3;
+
+  LinearWeight weight;
+  Activation activation = Activation::none;
+  int residual = kNothing;
+  const LayerNorm* norm = nullptr;
+};
+
+struct ChainArgs {
+  const float* x = nullptr;  // [m, k of the first stage], rows ldx floats apart; null to take `rows` alone
+  int64_t ldx = 0;
+  QuantizedRows rows;               // x rounded before, or empty; not with a first norm
+  const LayerNorm* norm = nullptr;  // of x before the first stage; kInput stays the x before it
+  const float* residual = nullptr;  // [m, n of the stage that adds it], rows ldr floats apart
+  int64_t ldr = 0;
+  int64_t m = 0;
+  float* y = nullptr;  // out [m, n of the last stage], rows ldy floats apart; null if only the rounded ones are wanted
+  int64_t ldy = 0;
+  int8_t* q = nullptr;      // out: the outputs rounded as QuantizedRows has them, or null
+  float* scale = nullptr;   // out [m]
+  int32_t* sums = nullptr;  // out [m, ceil(n / group_size)]
+  int64_t group_size = 0;
+};
+
+// Linear layers in a row. Rows go through all of them in chunks whose intermediate outputs stay in L2,
+// a chunk a thread; when the rows are few, the threads share the channels of each layer instead.
+Status linear_chain(const ChainStage* stages, int64_t count, const ChainArgs& args);
 
 // ---------------------------------------------------------------------------------------------
 // What the variants and the convolution share: one inner kernel over rows given by pointers.

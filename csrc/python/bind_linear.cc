@@ -1,3 +1,9 @@
+#include <pybind11/stl.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
 #include "lowbit_linear/lowbit_linear.h"
 #include "python/module.h"
 #include "quantize_activations/quantize_activations.h"
@@ -15,6 +21,96 @@ bw::LinearShape shape_of(int64_t n, int64_t k, int bits, int64_t group_size) {
   shape.group_size = group_size;
   return shape;
 }
+
+// Rounded rows as Python holds them: addresses of q, scale and sums, and the group size.
+using RowAddresses = std::array<std::uintptr_t, 4>;
+
+bw::QuantizedRows rows_at(const RowAddresses& rows) {
+  return {as_pointer<int8_t>(rows[0]), as_pointer<float>(rows[1]), as_pointer<int32_t>(rows[2]),
+          static_cast<int64_t>(rows[3])};
+}
+
+bw::LinearWeight weight_at(std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t bias) {
+  return {as_pointer<void>(layout), layout_bytes, as_pointer<float>(bias)};
+}
+
+// Weights over the same rows. It holds addresses: the Python object around it keeps the memory.
+class LinearGroup {
+ public:
+  explicit LinearGroup(const std::vector<std::tuple<std::uintptr_t, int64_t, std::uintptr_t>>& weights) {
+    for (const auto& [layout, bytes, bias] : weights) weights_.push_back(weight_at(layout, bytes, bias));
+  }
+
+  int forward(std::uintptr_t x, int64_t ldx, const RowAddresses& rows, int64_t m, int activation,
+              std::uintptr_t residual, int64_t ldr, std::uintptr_t y, int64_t ldy) const {
+    py::gil_scoped_release unlocked;
+    bw::LinearArgs args;
+    args.x = as_pointer<float>(x);
+    args.ldx = ldx;
+    args.rows = rows_at(rows);
+    args.m = m;
+    args.epilogue = {static_cast<bw::Activation>(activation), as_pointer<float>(residual), ldr};
+    args.y = as_pointer<float>(y);
+    args.ldy = ldy;
+    return static_cast<int>(bw::linears_forward(weights_.data(), static_cast<int64_t>(weights_.size()), args));
+  }
+
+ private:
+  std::vector<bw::LinearWeight> weights_;
+};
+
+// (weight, bias, eps) of a layer norm, addresses of the first two, or None.
+using NormAddresses = py::object;
+
+bool norm_at(const NormAddresses& norm, bw::LayerNorm* to) {
+  if (norm.is_none()) return false;
+  const auto [weight, bias, eps] = norm.cast<std::tuple<std::uintptr_t, std::uintptr_t, float>>();
+  *to = {as_pointer<float>(weight), as_pointer<float>(bias), eps};
+  return true;
+}
+
+// Linear layers in a row, with what stands between them; holds addresses as LinearGroup does.
+class LinearChain {
+ public:
+  using Stage = std::tuple<std::uintptr_t, int64_t, std::uintptr_t, int, int, NormAddresses>;
+
+  LinearChain(const std::vector<Stage>& stages, const NormAddresses& first_norm) : norms_(stages.size() + 1) {
+    has_first_norm_ = norm_at(first_norm, &norms_[0]);
+    for (const auto& [layout, bytes, bias, activation, residual, norm] : stages) {
+      bw::LayerNorm* place = &norms_[stages_.size() + 1];
+      const bool normalized = norm_at(norm, place);
+      stages_.push_back({weight_at(layout, bytes, bias), static_cast<bw::Activation>(activation), residual,
+                         normalized ? place : nullptr});
+    }
+  }
+  LinearChain(const LinearChain&) = delete;
+  LinearChain& operator=(const LinearChain&) = delete;
+
+  int forward(std::uintptr_t x, int64_t ldx, const RowAddresses& rows, int64_t m, std::uintptr_t residual, int64_t ldr,
+              std::uintptr_t y, int64_t ldy, const RowAddresses& rounded) const {
+    py::gil_scoped_release unlocked;
+    bw::ChainArgs args;
+    args.x = as_pointer<float>(x);
+    args.ldx = ldx;
+    args.rows = rows_at(rows);
+    args.norm = has_first_norm_ ? norms_.data() : nullptr;
+    args.residual = as_pointer<float>(residual);
+    args.ldr = ldr;
+    args.m = m;
+    args.y = as_pointer<float>(y);
+    args.ldy = ldy;
+    args.q = as_pointer<int8_t>(rounded[0]);
+    args.scale = as_pointer<float>(rounded[1]);
+    args.sums = as_pointer<int32_t>(rounded[2]);
+    args.group_size = static_cast<int64_t>(rounded[3]);
+    return static_cast<int>(bw::linear_chain(stages_.data(), static_cast<int64_t>(stages_.size()), args));
+  }
+
+ private:
+  std::vector<bw::LayerNorm> norms_;  // the first norm, then one a stage; stages_ points into it
+  bool has_first_norm_ = false;
+  std::vector<bw::ChainStage> stages_;
+};
 
 }  // namespace
 
@@ -71,6 +167,29 @@ void bind_linear(py::module_& module) {
     args.ldy = ldy;
     return static_cast<int>(bw::linear_forward(as_pointer<void>(layout), layout_bytes, args));
   });
+  py::class_<LinearGroup>(module, "LinearGroup", "Packed weights over the same rows: [(layout, bytes, bias), ..]")
+      .def(py::init<const std::vector<std::tuple<std::uintptr_t, int64_t, std::uintptr_t>>&>())
+      .def("forward", &LinearGroup::forward);
+  py::class_<LinearChain>(
+      module, "LinearChain",
+      "Packed weights in a row: [(layout, bytes, bias, activation, residual, norm), ..], first norm")
+      .def(py::init<const std::vector<LinearChain::Stage>&, const NormAddresses&>())
+      .def("forward", &LinearChain::forward);
+  module.def("layer_norm",
+             [](std::uintptr_t x, int64_t ldx, std::uintptr_t residual, int64_t ldr, int64_t m, int64_t n,
+                std::uintptr_t weight, std::uintptr_t bias, float eps, std::uintptr_t y, int64_t ldy, const char* isa) {
+               bw::LayerNormArgs args;
+               args.x = as_pointer<float>(x);
+               args.ldx = ldx;
+               args.residual = as_pointer<float>(residual);
+               args.ldr = ldr;
+               args.m = m;
+               args.n = n;
+               args.norm = {as_pointer<float>(weight), as_pointer<float>(bias), eps};
+               args.y = as_pointer<float>(y);
+               args.ldy = ldy;
+               return static_cast<int>(bw::layer_norm(args, isa_or_raise(isa)));
+             });
   module.def("padded_row_bytes", &bw::padded_row_bytes, "Bytes from one int8 activation row to the next");
   module.def("quantize_rows", [](std::uintptr_t x, int64_t ldx, int64_t m, int64_t k, int64_t group_size,
                                  std::uintptr_t q, std::uintptr_t scale, std::uintptr_t sums, const char* isa) {

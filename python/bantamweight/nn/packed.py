@@ -12,10 +12,11 @@ from torch.compiler import is_compiling
 from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.functional import pad
 
-from .._C import conv_forward, linear_forward
+from .._C import LinearGroup, conv_forward, linear_forward
 from ..errors import BantamweightError
 from ..ops.lowbit_conv2d import Conv2dLayout, describe_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
 from ..ops.lowbit_linear import ALIGNMENT, check_input, check_status, describe_linear, pack_linear, unpack_linear
+from ..ops.quantized_rows import QuantizedRows
 from ..weights import ConvGeometry, QuantizedWeight, pair
 from .layer import QuantizedLayer, check_bias
 
@@ -133,14 +134,14 @@ class PackedLinear(PackedLayer):
     def quantized(self) -> QuantizedWeight:
         return unpack_linear(self.layout, self.levels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [..., out] in the dtype of x [..., in]: float32, bfloat16 or float16 on the CPU.
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        """y [..., out] in the dtype of x [..., in]: float32, bfloat16 or float16 on the CPU; float32 for rounded rows.
 
         Raises:
             BantamweightError: x is not such a tensor, requires a gradient, or holds NaN or infinity.
         """
         if type(x) is not Tensor or is_compiling() or is_tracing():
-            return self._forward_op(x)
+            return self._forward_rows(x) if isinstance(x, QuantizedRows) else self._forward_op(x)
         if x.requires_grad and torch.is_grad_enabled():
             self.refuse_gradient()
         # From here to the kernel every line is counted in tens of nanoseconds.
@@ -159,6 +160,17 @@ class PackedLinear(PackedLayer):
         status = linear_forward(layout, layout_bytes, x.data_ptr(), k, m, bias, y.data_ptr(), n)
         if status:
             check_status(status, self.name_of_layer)
+        return y
+
+    def _forward_rows(self, x: QuantizedRows) -> Tensor:
+        """The way of activations that were rounded before."""
+        n, k = self.out_features, self.in_features
+        if not x.shape or x.shape[-1] != k:
+            raise BantamweightError(f"{self.name_of_layer} takes rows of {k}, but rows of {list(x.shape)} came")
+        y = torch.empty((*x.shape[:-1], n), dtype=float32, device="cpu")
+        m = len(x.scale)
+        status = LinearGroup([self._addresses]).forward(0, k, x.addresses, m, 0, 0, 0, y.data_ptr(), n)
+        check_status(status, self.name_of_layer)
         return y
 
     def _forward_op(self, x: Tensor) -> Tensor:

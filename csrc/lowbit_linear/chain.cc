@@ -1,0 +1,163 @@
+// Linear layers in a row, from the input's rows to the last layer's, without leaving the cache.
+#include <algorithm>
+#include <atomic>
+
+#include "lowbit_linear/lowbit_linear.h"
+#include "runtime/scratch.h"
+#include "runtime/threads.h"
+
+namespace bantamweight {
+namespace {
+
+constexpr int64_t kMaxStages = 8;
+
+struct Plan {
+  LinearShape shape[kMaxStages];
+  Isa isa = Isa::reference;
+  int64_t floats_per_row = 0;  // of every intermediate output
+};
+
+// Checks the stages against each other and the arguments.
+Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args, Plan* plan) {
+  if (count < 1 || count > kMaxStages || args.m < 0) return Status::invalid_argument;
+  const bool no_x = args.x == nullptr && args.m > 0, no_residual = args.residual == nullptr && args.m > 0;
+  for (int64_t i = 0; i < count; ++i) {
+    PackedView view;
+    const Status status = linear_read(stages[i].weight.layout, stages[i].weight.layout_bytes, &plan->shape[i], &view);
+    if (status != Status::ok) return status;
+    if (i == 0) plan->isa = view.kernel->isa;
+    const LinearShape& shape = plan->shape[i];
+    if (i > 0 && shape.k != plan->shape[i - 1].n) return Status::invalid_argument;
+    const int residual = stages[i].residual;
+    if (residual == ChainStage::kInput && (no_x || plan->shape[0].k != shape.n)) {
+      return Status::invalid_argument;
+    }
+    if (residual == ChainStage::kGiven && (no_residual || args.ldr < shape.n)) {
+      return Status::invalid_argument;
+    }
+    if (residual >= i || residual < ChainStage::kGiven) return Status::invalid_argument;
+    if (residual >= 0 && plan->shape[residual].n != shape.n) return Status::invalid_argument;
+    plan->floats_per_row += shape.n;
+  }
+  const LinearShape &first = plan->shape[0], &last = plan->shape[count - 1];
+  if (no_x && args.rows.q == nullptr) return Status::invalid_argument;
+  if (args.x != nullptr && args.ldx < first.k) return Status::invalid_argument;
+  if (args.norm != nullptr) {
+    if (no_x) return Status::invalid_argument;
+    plan->floats_per_row += first.k;
+  }
+  if (args.y != nullptr && args.ldy < last.n) return Status::invalid_argument;
+  if (args.q != nullptr && args.group_size <= 0) return Status::invalid_argument;
+  return Status::ok;
+}
+
+Status normalize(const float* x, int64_t ldx, int64_t m, int64_t n, const LayerNorm& norm, Isa isa, float* y,
+                 int64_t ldy) {
+  LayerNormArgs args;
+  args.x = x;
+  args.ldx = ldx;
+  args.m = m;
+  args.n = n;
+  args.norm = norm;
+  args.y = y;
+  args.ldy = ldy;
+  return layer_norm(args, isa);
+}
+
+// Rows begin .. begin + m - 1 through every stage.
+Status run_rows(const ChainStage* stages, int64_t count, const ChainArgs& args, const Plan& plan, int64_t begin,
+                int64_t m) {
+  thread_local Scratch scratch;
+  auto* memory = reinterpret_cast<float*>(scratch.get(m * plan.floats_per_row * static_cast<int64_t>(sizeof(float))));
+  if (memory == nullptr) return Status::out_of_memory;
+  const int64_t k = plan.shape[0].k;
+  const float* const input = args.x == nullptr ? nullptr : args.x + begin * args.ldx;
+  const float* h = input;
+  int64_t ldh = args.ldx;
+  if (args.norm != nullptr) {
+    const Status status = normalize(input, args.ldx, m, k, *args.norm, plan.isa, memory, k);
+    if (status != Status::ok) return status;
+    h = memory;
+    ldh = k;
+    memory += m * k;
+  }
+  const float* outputs[kMaxStages];
+  int64_t strides[kMaxStages];
+  for (int64_t i = 0; i < count; ++i) {
+    const ChainStage& stage = stages[i];
+    const int64_t n = plan.shape[i].n;
+    const bool last = i + 1 == count && args.y != nullptr;
+    LinearArgs linear;
+    linear.x = h;
+    linear.ldx = ldh;
+    if (i == 0 && args.rows.q != nullptr && args.norm == nullptr) {
+      linear.x = nullptr;
+      linear.rows = args.rows;
+      linear.rows.q += begin * padded_row_bytes(k);
+      linear.rows.scale += begin;
+      linear.rows.sums += begin * ((k + args.rows.group_size - 1) / args.rows.group_size);
+    }
+    linear.m = m;
+    linear.bias = stage.weight.bias;
+    linear.epilogue.activation = stage.activation;
+    if (stage.residual == ChainStage::kInput) {
+      linear.epilogue.residual = input;
+      linear.epilogue.ldr = args.ldx;
+    } else if (stage.residual == ChainStage::kGiven) {
+      linear.epilogue.residual = args.residual + begin * args.ldr;
+      linear.epilogue.ldr = args.ldr;
+    } else if (stage.residual >= 0) {
+      linear.epilogue.residual = outputs[stage.residual];
+      linear.epilogue.ldr = strides[stage.residual];
+    }
+    linear.y = last ? args.y + begin * args.ldy : memory;
+    linear.ldy = last ? args.ldy : n;
+    Status status = linear_forward(stage.weight.layout, stage.weight.layout_bytes, linear);
+    if (status == Status::ok && stage.norm != nullptr) {
+      status = normalize(linear.y, linear.ldy, m, n, *stage.norm, plan.isa, linear.y, linear.ldy);
+    }
+    if (status != Status::ok) return status;
+    outputs[i] = h = linear.y;
+    strides[i] = ldh = linear.ldy;
+    if (!last) memory += m * n;
+  }
+  if (args.q == nullptr) return Status::ok;
+  const int64_t n = plan.shape[count - 1].n;
+  QuantizeRowsArgs round;
+  round.x = h;
+  round.ldx = ldh;
+  round.m = m;
+  round.k = n;
+  round.group_size = args.group_size;
+  round.q = args.q + begin * padded_row_bytes(n);
+  round.scale = args.scale + begin;
+  round.sums = args.sums + begin * ((n + args.group_size - 1) / args.group_size);
+  return quantize_rows(round, plan.isa);
+}
+
+}  // namespace
+
+Status linear_chain(const ChainStage* stages, int64_t count, const ChainArgs& args) {
+  // Intermediate outputs of a chunk: they share L2 with the weights that stream through it.
+  constexpr int64_t kChunkBytes = 1 << 20;
+  // Fewer rows a thread than this, and reading all weights on each costs more than sharing them.
+  constexpr int64_t kMinRowsPerThread = 32;
+  Plan plan;
+  const Status status = make_plan(stages, count, args, &plan);
+  if (status != Status::ok || args.m == 0) return status;
+
+  const int64_t row_bytes = std::max<int64_t>(1, plan.floats_per_row * static_cast<int64_t>(sizeof(float)));
+  const int64_t threads = available_threads();
+  int64_t rows = std::max<int64_t>(32, kChunkBytes / row_bytes / 16 * 16);
+  const bool share_rows = threads > 1 && args.m >= threads * kMinRowsPerThread;
+  if (share_rows) rows = std::min(rows, ((args.m + threads - 1) / threads + 15) / 16 * 16);
+  const int64_t chunks = (args.m + rows - 1) / rows;
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
+  for_each_shared(chunks, share_rows, [&](int64_t c) {
+    const Status done = run_rows(stages, count, args, plan, c * rows, std::min(rows, args.m - c * rows));
+    if (done != Status::ok) worst.store(static_cast<int>(done));
+  });
+  return static_cast<Status>(worst.load());
+}
+
+}  // namespace bantamweight

@@ -1,0 +1,250 @@
+"""Transformer blocks of packed layers, put in the place of the unfused ones of a model."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..errors import BantamweightError
+from .fused import ACTIVATIONS, PackedChain, PackedFFN, PackedLinears, Stage
+from .packed import PackedLinear
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionRecord:
+    """What became of one block: `reason` says why it stayed as it was, and is None where it is fused."""
+
+    name: str
+    block: str
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.block} {'fused' if self.reason is None else f'as it was, {self.reason}'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionReport:
+    """One record a transformer block; `model.fusion` after `fuse`."""
+
+    blocks: tuple[FusionRecord, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(record) for record in self.blocks)
+
+
+def fuse(model: M) -> M:
+    """A copy of a packed model whose transformer blocks run as a few calls instead of one a layer.
+
+    Known are nn.TransformerEncoderLayer, of which the feed-forward half with its layer norm becomes a `PackedFFN`
+    (its attention reads a float weight and stays torch's), and blocks built as BERT's in the transformers package:
+    query, key and value become `PackedLinears`, torch's scaled_dot_product_attention follows, and everything after
+    it, up to the block's output, is one `PackedChain`.
+
+    Outputs equal the packed model's up to float rounding. ``model.fusion`` (a FusionReport) says what became of each
+    block. A fused block in training mode, or one asked for attention weights or a cache, runs as before. The state
+    dict of the copy has other names: save the packed model, and fuse what was loaded.
+
+    Raises:
+        BantamweightError: the model has no such block, or none that can be fused.
+
+    Example:
+        >>> import torch
+        >>> import bantamweight as bw
+        >>> block = torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+        >>> small = bw.quantize(block, bw.RoundToNearest(bits=4), calibration=torch.randn(4, 5, 32))
+        >>> fused = bw.nn.fuse(bw.pack(small))
+        >>> fused(torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+    if getattr(model, "fusion", None) is not None:
+        raise BantamweightError(f"this {type(model).__name__} is fused already; fuse the packed model once")
+    model = copy.deepcopy(model)
+    records: list[FusionRecord] = []
+    for name, block in list(model.named_modules()):
+        make = _maker_of(block)
+        if make is None:
+            continue
+        reason = None
+        try:
+            fused = make(block)
+            _check_equal(block, fused)
+            fused.train(block.training)
+            if name:
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, fused)
+            else:
+                model = fused  # type: ignore[assignment]  # the model is the block
+        except BantamweightError as error:
+            reason = str(error)
+        records.append(FusionRecord(name=name, block=type(block).__name__, reason=reason))
+    if not any(record.reason is None for record in records):
+        found = "; ".join(str(record) for record in records) or (
+            "it has no nn.TransformerEncoderLayer and no block with the attributes of BERT's"
+        )
+        raise BantamweightError(f"nothing in this {type(model).__name__} can be fused: {found}")
+    setattr(model, "fusion", FusionReport(blocks=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
+    return model
+
+
+class FusedEncoderLayer(nn.Module):
+    """nn.TransformerEncoderLayer whose feed-forward half, its layer norm included, is one call."""
+
+    ffn: PackedFFN
+
+    def __init__(self, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        linears = [_packed(layer.linear1, "linear1"), _packed(layer.linear2, "linear2")]
+        self.layer = layer
+        norm = layer.norm2 if isinstance(layer.norm2, nn.LayerNorm) else None
+        if norm is None:
+            raise BantamweightError(f"norm2 is a {type(layer.norm2).__name__}, not an nn.LayerNorm")
+        ffn = PackedFFN(
+            *linears,
+            activation=_activation_name(layer.activation),
+            residual=True,
+            norm=norm,
+            norm_first=layer.norm_first,
+        )
+        self.__dict__["ffn"] = ffn  # not a submodule: its layers are those of `layer`
+
+    @property
+    def self_attn(self) -> nn.Module:
+        """Which nn.TransformerEncoder asks for batch_first."""
+        return self.layer.self_attn
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        layer = self.layer
+        if self.training:
+            return layer(src, src_mask, src_key_padding_mask, is_causal)
+        # As in the layer's own forward: masks of bool and float become float.
+        masks: list[Tensor | None] = []
+        for mask in (src_mask, src_key_padding_mask):
+            if mask is not None and mask.dtype is torch.bool:
+                mask = torch.zeros_like(mask, dtype=src.dtype).masked_fill_(mask, float("-inf"))
+            masks.append(mask)
+        if layer.norm_first:
+            x = src + layer._sa_block(layer.norm1(src), *masks, is_causal=is_causal)
+        else:
+            x = layer.norm1(src + layer._sa_block(src, *masks, is_causal=is_causal))
+        return self.ffn(x)
+
+    def extra_repr(self) -> str:
+        return repr(self.ffn)
+
+
+class FusedBertLayer(nn.Module):
+    """A block built as BERT's: two calls of the extension with torch's attention between them."""
+
+    qkv: PackedLinears
+    block: PackedChain
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention, inner, output = layer.attention.self, layer.attention.output, layer.output
+        if getattr(layer, "is_decoder", False) or hasattr(layer, "crossattention"):
+            raise BantamweightError("it is a decoder's block")
+        if getattr(attention, "position_embedding_type", "absolute") not in (None, "absolute"):
+            raise BantamweightError("its attention has relative positions")
+        names = ("query", "key", "value")
+        qkv = PackedLinears([_packed(getattr(attention, name), f"attention.self.{name}") for name in names])
+        block = PackedChain(
+            [
+                Stage(linear=_packed(inner.dense, "attention.output.dense"), residual="given", norm=inner.LayerNorm),
+                Stage(
+                    linear=_packed(layer.intermediate.dense, "intermediate.dense"),
+                    activation=_activation_name(layer.intermediate.intermediate_act_fn),
+                ),
+                Stage(linear=_packed(output.dense, "output.dense"), residual=0, norm=output.LayerNorm),
+            ]
+        )
+        self.layer = layer
+        self.heads, self.head_size = int(attention.num_attention_heads), int(attention.attention_head_size)
+        # Not submodules: their layers are those of `layer`.
+        self.__dict__["qkv"], self.__dict__["block"] = qkv, block
+        # transformers' versions return the hidden states alone or a tuple of them and what was not asked for.
+        with torch.no_grad():
+            returned = layer(torch.zeros(1, 1, qkv.in_features))
+        self._tuple = len(returned) if isinstance(returned, tuple) else 0
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        asked = any(arg is not None and arg is not False for arg in args)
+        asked |= any(v is not None and v is not False for name, v in kwargs.items() if name != "cache_position")
+        if asked or self.training:
+            return self.layer(hidden_states, attention_mask, *args, **kwargs)
+        heads = (*hidden_states.shape[:-1], self.heads, self.head_size)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(hidden_states))
+        context = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        y = self.block(context.transpose(1, 2).flatten(2), hidden_states)
+        return (y, *(None,) * (self._tuple - 1)) if self._tuple else y
+
+    def extra_repr(self) -> str:
+        return f"{self.qkv!r}, {self.block!r}"
+
+
+def _maker_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return FusedEncoderLayer
+    paths = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "attention.output.LayerNorm",
+        "intermediate.dense",
+        "output.dense",
+        "output.LayerNorm",
+    )
+    for path in paths:
+        found: Any = module
+        for part in path.split("."):
+            found = getattr(found, "_modules", {}).get(part)
+        if found is None:
+            return None
+    return FusedBertLayer
+
+
+def _packed(layer: nn.Module, name: str) -> PackedLinear:
+    if not isinstance(layer, PackedLinear):
+        raise BantamweightError(f"its {name} is a {type(layer).__name__}, not a PackedLinear; quantize and pack it")
+    return layer
+
+
+def _activation_name(function: Callable[[Tensor], Tensor]) -> str:
+    """Which of the extension's activations a function or module is, told by its values."""
+    x = torch.linspace(-6, 6, 193)
+    with torch.no_grad():
+        y = function(x)
+        for name, known in ACTIVATIONS.items():
+            if isinstance(y, Tensor) and y.shape == x.shape and bool(((y - known(x)).abs() < 1e-5).all()):
+                return name
+    raise BantamweightError(f"its activation {function} is none of {', '.join(ACTIVATIONS)}")
+
+
+def _check_equal(block: nn.Module, fused: nn.Module) -> None:
+    """Refuses a fused block that computes something else: a subclass may have changed what happens between layers."""
+    width = fused.ffn.in_features if isinstance(fused, FusedEncoderLayer) else fused.qkv.in_features  # type: ignore
+    x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    was_training = block.training
+    block.eval()
+    fused.eval()
+    with torch.no_grad():
+        a, b = block(x), fused(x)
+    block.train(was_training)
+    a, b = (y[0] if isinstance(y, tuple) else y for y in (a, b))
+    # A float that falls the other way at a rounding to int8 moves an output by a hundredth of a row's size.
+    if float((a - b).norm()) > 0.01 * float(a.norm()):
+        raise BantamweightError(
+            "the fused block gives other outputs, so it computes something else than its class says"
+        )
