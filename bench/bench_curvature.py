@@ -1,10 +1,11 @@
 """Hessian eigenvalues against PyHessian 0.1, hessian-eigenthings 1.0.0a5 and curvlinops 3.0.1, in one process.
 
-    BANTAMWEIGHT_DATA=... python bench/bench_curvature.py [--models resnet20 encoder] [--tasks top1 top5 layers]
+    BANTAMWEIGHT_DATA=... python bench/bench_curvature.py [--models resnet20 encoder] [--tasks top1 top5 layers trace]
         [--batch 128] [--peers PyHessian] [--threads 1] [--json]
 
 Tasks: the top eigenvalue, the top five, and the top one of every layer's weight (exactly, and by the one-pass
-Gauss-Newton ranking). Models: CIFAR-10 ResNet-20 with its trained weights on test images, and a 4-layer encoder of
+Gauss-Newton ranking), and, on a network whose Hessian can be written out, how often the trace's error bar covers the
+truth. Models: CIFAR-10 ResNet-20 with its trained weights on test images, and a 4-layer encoder of
 width 256 trained for a few steps on made-up tokens. Every method gets the tolerance 1e-3 and a fresh random start;
 errors are against Lanczos run to 1e-8 (1e-5 per layer). Times are CPU seconds of this process, everything included
 (the graph, too); HVPs are Hessian-vector products, or block products where a task is per layer.
@@ -28,10 +29,13 @@ import torch
 from bantamweight.curvature import Hessian, gauss_newton_eigenvalues
 from bantamweight.curvature.eigenvalues import eigenvalues_of
 from bantamweight.curvature.ggn import weight_layers
+from bantamweight.curvature.trace import trace_of
+from bantamweight.demo import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
 TOL = 1e-3
+TASKS = ["top1", "top5", "layers", "trace"]
 
 
 class EncoderLayer(nn.Module):
@@ -77,6 +81,80 @@ def encoder(_: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model.eval(), (tokens, labels)
 
 
+class Digits(nn.Module):
+    """A convolution network so small (1,250 parameters) that its Hessian can be written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm1(self.conv1(x)))
+        return self.head(functional.relu(self.norm2(self.conv2(x))).mean((2, 3)))
+
+
+def digits() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """Trained on the package's handwritten digits; 256 of its test images, in float64."""
+    data = load_digits()
+    x, y = data.x_train.double(), data.y_train
+    torch.manual_seed(0)
+    model = Digits().double()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        for rows in torch.randperm(len(x)).split(100):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    model.zero_grad()
+    return model.eval(), (data.x_test[:256].double(), data.y_test[:256])
+
+
+def trace_coverage(products: int = 60, repeats: int = 30) -> list[dict[str, Any]]:
+    """How often the 95% interval covers the trace summed from unit vectors, and PyHessian's last average beside it."""
+    model, data = digits()
+    hessian = Hessian(model, functional.cross_entropy, data)
+    unit, truth = torch.zeros(hessian.size, dtype=torch.float64), 0.0
+    for i in range(hessian.size):
+        unit[i] = 1.0
+        truth += float((hessian @ unit)[i])
+        unit[i] = 0.0
+    rows = []
+    for method in ("hutchinson", "hutch++"):
+        start = time.process_time()
+        found = [trace_of(hessian, method=method, products=products, seed=seed) for seed in range(repeats)]
+        covered = sum(low <= truth <= high for low, high in (trace.interval(0.95) for trace in found))
+        errors = [trace.value / truth - 1 for trace in found]
+        rows.append(
+            {
+                "method": method, "truth": truth, "covered": covered, "repeats": repeats, "hvps": products,
+                "error": float(np.sqrt(np.mean(np.square(errors)))),
+                "claimed": float(np.mean([trace.standard_error for trace in found])) / abs(truth),
+                "seconds": (time.process_time() - start) / repeats,
+            }
+        )  # fmt: skip
+    try:
+        pyhessian = importlib.import_module("pyhessian.hessian")
+    except ImportError:
+        return rows
+    torch.manual_seed(0)
+    start = time.process_time()
+    probes = [
+        pyhessian.hessian(model, nn.CrossEntropyLoss(), data=data, cuda=False).trace(maxIter=products)
+        for _ in range(repeats)
+    ]
+    errors = [float(np.mean(values)) / truth - 1 for values in probes]
+    rows.append(
+        {
+            "method": "PyHessian (no error bar)", "truth": truth, "covered": None, "repeats": repeats,
+            "hvps": float(np.mean([len(values) for values in probes])), "claimed": None,
+            "error": float(np.sqrt(np.mean(np.square(errors)))), "seconds": (time.process_time() - start) / repeats,
+        }
+    )  # fmt: skip
+    return rows
+
+
 def resnet20(batch: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     folder = Path(os.environ["BANTAMWEIGHT_DATA"])
     spec = importlib.util.spec_from_file_location("data_models", folder / "models.py")
@@ -115,8 +193,9 @@ def ours_layers_warm(model: nn.Module, data: Any) -> Answer:
     return [float(r.values[0]) for r in results], sum(r.products for r in results)
 
 
-def ours_ranking(model: nn.Module, data: Any) -> Answer:
-    return list(gauss_newton_eigenvalues(model, functional.cross_entropy, data).values.values()), 0
+def ours_ranking(model: nn.Module, data: Any, check: bool) -> Answer:
+    found = gauss_newton_eigenvalues(model, functional.cross_entropy, data, check=check)
+    return list(found.values.values()), len(found.checks)
 
 
 def reference(model: nn.Module, data: Any, k: int) -> list[float]:
@@ -236,14 +315,20 @@ def run(name: str, call: Callable[[], Answer], truth: list[float], repeats: int)
     order = [sorted(range(len(x)), key=lambda i: -abs(x[i])) for x in (values, truth)]
     return {
         "method": name, "seconds": min(times), "hvps": products, "worst_error": max(errors),
-        "same_order": order[0] == order[1], "values": values,
+        "same_order": order[0] == order[1], "rank_correlation": rank_correlation(values, truth), "values": values,
     }  # fmt: skip
+
+
+def rank_correlation(values: list[float], truth: list[float]) -> float:
+    """Spearman's, of the magnitudes."""
+    ranks = [np.argsort(np.argsort(np.abs(x))) for x in (values, truth)]
+    return float(np.corrcoef(*ranks)[0, 1]) if len(values) > 1 else 1.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["resnet20", "encoder"], default=["resnet20", "encoder"])
-    parser.add_argument("--tasks", nargs="+", choices=["top1", "top5", "layers"], default=["top1", "top5", "layers"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--batch", type=int, default=128, help="images for ResNet-20")
     parser.add_argument("--peers", nargs="*", help="only these (PyHessian eigenthings curvlinops)")
     parser.add_argument("--threads", type=int, default=1)
@@ -263,11 +348,12 @@ def main() -> None:
         print(f"missing peers: {', '.join(missing) or 'none'}")
     for name in args.models:
         model, data = {"resnet20": resnet20, "encoder": encoder}[name](args.batch)
-        for task in args.tasks:
+        for task in [task for task in args.tasks if task != "trace"]:
             if task == "layers":
                 truth = reference_layers(model, data)
                 methods = {
-                    "one-pass Gauss-Newton": lambda m=model, d=data: ours_ranking(m, d),
+                    "one-pass Gauss-Newton": lambda m=model, d=data: ours_ranking(m, d, False),
+                    "the same, checked": lambda m=model, d=data: ours_ranking(m, d, True),
                     "Lanczos from Gauss-Newton": lambda m=model, d=data: ours_layers_warm(m, d),
                     "Lanczos": lambda m=model, d=data: ours_layers(m, d),
                 } | {
@@ -290,9 +376,21 @@ def main() -> None:
                     ratio = f"{base / row['seconds']:6.2f}x PyHessian" if base else ""
                     print(
                         f"  {row['method']:<26} {row['seconds']:8.2f} s  {row['hvps']:4d} HVPs  worst error "
-                        f"{100 * row['worst_error']:7.2f}%  order {'kept' if row['same_order'] else 'LOST'}  {ratio}",
+                        f"{100 * row['worst_error']:7.2f}%  order {'kept' if row['same_order'] else 'LOST'}  "
+                        f"Spearman {row['rank_correlation']:.3f}  {ratio}",
                         flush=True,
                     )
+    if "trace" in args.tasks:
+        report["trace"] = trace_coverage()
+        if not args.json:
+            print(f"\ndigits network, trace {report['trace'][0]['truth']:.4g}: 30 repeats, 95% intervals")
+            for row in report["trace"]:
+                bar = "" if row["covered"] is None else f"  mean standard error {100 * row['claimed']:5.2f}%  "
+                bar += "" if row["covered"] is None else f"covered {row['covered']} of {row['repeats']}"
+                print(
+                    f"  {row['method']:<26} {row['seconds']:8.2f} s  {row['hvps']:4.0f} HVPs  "
+                    f"rms error {100 * row['error']:5.2f}%{bar}"
+                )
     if args.json:
         print(json.dumps(report, indent=2))
 

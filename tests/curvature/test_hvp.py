@@ -177,6 +177,7 @@ def test_inputs_as_tuple_and_as_mapping():
     ("change", "error", "words"),
     [
         ({"data": []}, CalibrationError, "no batch"),
+        ({"data": DataLoader(TensorDataset(torch.ones(0, 5)))}, CalibrationError, "no batch"),
         ({"data": 3}, CalibrationError, "must be a batch"),
         ({"data": [torch.ones(2, 5)]}, CalibrationError, r"batch 0 is a Tensor"),
         ({"data": [{"x": torch.ones(1)}]}, CalibrationError, "without 'labels'"),

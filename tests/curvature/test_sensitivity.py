@@ -125,6 +125,13 @@ def test_json_both_ways_text_and_picture(tmp_path):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == LAYERS
 
 
+def test_eigenvalues_that_did_not_converge_are_returned_and_said():
+    model, data = network("conv")
+    result = sensitivity(model, functional.cross_entropy, data, subsets=1, tol=1e-12, max_products=2)
+    assert not result.converged and "NOT all converged" in str(result)
+    assert all(np.isfinite(layer.score) for layer in result.layers) and len(result.layers) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -94,18 +94,20 @@ def plot_bars(
 
 
 def plot_surface(result: LossSurface, path: Path = None) -> Any:
-    figure, axes = new_figure(10.0, 4.4)
+    figure, axes = new_figure(10.0, 5.0)
     axes.remove()
     along, across = np.meshgrid(result.steps, result.steps, indexing="ij")
     solid = figure.add_subplot(1, 2, 1, projection="3d")
+    solid.tick_params(labelsize=7)
     solid.plot_surface(along, across, result.loss, cmap="viridis", linewidth=0)
     flat = figure.add_subplot(1, 2, 2)
     contours = flat.contourf(along, across, result.loss, levels=20, cmap="viridis")
     flat.plot([0], [0], "r+", markersize=10)
     figure.colorbar(contours, ax=flat, label="loss")
-    for panel in (solid, flat):
-        panel.set_xlabel(f"eigenvector of {result.curvatures[0]:.3g}")
-        panel.set_ylabel(f"eigenvector of {result.curvatures[1]:.3g}")
+    solid.set_box_aspect(None, zoom=0.82)  # or its labels run into the panel beside it
+    for panel, gap in ((solid, 8), (flat, 4)):
+        panel.set_xlabel(f"eigenvector of {result.curvatures[0]:.3g}", labelpad=gap)
+        panel.set_ylabel(f"eigenvector of {result.curvatures[1]:.3g}", labelpad=gap)
     return finish(figure, path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..curvature import Sensitivity
 from ..quantize.plan import BitPlan
-from .html import STYLE
+from .html import STYLE, paragraph, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +31,55 @@ def page(network: str, found: Sensitivity, plan: BitPlan | None, pictures: Seque
     for picture in pictures:
         body.append(f"<h2>{escape(picture.title)}</h2>")
         body.append(f"<figure><figcaption>{escape(picture.caption)}</figcaption>{_svg(picture.figure)}</figure>")
-    body.append(f"<h2>Every layer</h2><pre>{escape(str(found))}</pre>")
+    body += ["<h2>Every layer</h2>", _layers(found), *map(paragraph, _remarks(found))]
     if plan is not None:
-        body.append(f"<h2>The plan</h2><pre>{escape(str(plan))}</pre>")
+        body += ["<h2>The plan</h2>", _plan(plan), paragraph(_last_line(plan))]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(network)}, sensitivity</title>\n<style>{STYLE}\n"
-        "pre { overflow-x: auto; font-size: .8rem; } figure svg { background: #ffffff; }</style>\n</head>\n<body>\n"
+        "figure svg { background: #ffffff; }</style>\n</head>\n<body>\n"
         "<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
     )
+
+
+def _layers(found: Sensitivity) -> str:
+    bits = sorted(found.layers[0].errors)
+    header = ["layer", "weights", "score", "std over subsets", *(f"+ loss at {b} bits" for b in bits)]
+    body = [
+        [
+            layer.name or "(model)",
+            f"{layer.weights:,}",
+            f"{layer.score:.4g}",
+            f"{layer.std:.2g}" if found.subsets > 1 else "\u2013",
+            *(f"{layer.loss_increase(b):.3g}" for b in bits),
+        ]
+        for layer in found.layers
+    ]
+    return table(header, body)
+
+
+def _remarks(found: Sensitivity) -> list[str]:
+    """What stands under the table in the terminal, too."""
+    return str(found).splitlines()[1 + len(found.layers) :]
+
+
+def _plan(plan: BitPlan) -> str:
+    body = [
+        [
+            layer.name or "(model)",
+            f"{layer.weights:,}",
+            str(layer.bits),
+            f"{layer.bytes:,}",
+            f"{layer.loss_increase:.3g}",
+        ]
+        for layer in plan.layers
+    ]
+    return table(["layer", "weights", "bits", "bytes", "+ loss"], body)
+
+
+def _last_line(plan: BitPlan) -> str:
+    return str(plan).splitlines()[-1]
 
 
 def _svg(figure: Any) -> str:

@@ -132,13 +132,21 @@ def page(report: TrainingReport) -> str:
         f'<p class="kicker">bantamweight \u00b7 {escape(report.network)}</p>',
         f"<h1>{escape(names)}: accuracy after training and after quantization</h1>",
         paragraph(
-            f"{config.epochs} epochs{noise}; means over {seeds} seed(s) with the standard deviation, in percent."
+            f"{config.epochs} epochs{noise}; "
+            + (
+                f"means over {seeds} seeds with the standard deviation"
+                if seeds > 1
+                else "one seed, so nothing is known of the spread"
+            )
+            + "; accuracies in percent. lambda_max and trace are of the training loss's Hessian: smaller is flatter."
         ),
-        table(columns(report), rows(report)),
+        # A column an optimizer: with many bit widths and their spreads the rows of the terminal are too wide here.
+        table(["", *(row[0] for row in rows(report))], _turned(report)),
         "<h2>Loss around the trained weights</h2>",
         paragraph(
             "Training loss on a plane of two random directions, scaled filter by filter; the network is in the middle, "
-            "an edge is a displacement as large as the weights. A wide light basin is a flat minimum."
+            "an edge is a displacement as large as the weights. A wide light basin is a flat minimum. All squares "
+            "share one logarithmic scale, the darker the higher."
         ),
         f"<figure>{surfaces(report.contenders)}</figure>",
         "<h2>How it was run</h2>",
@@ -151,6 +159,11 @@ def page(report: TrainingReport) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>\n'
 
 
+def _turned(report: TrainingReport) -> list[list[str]]:
+    """The terminal's table, a row a quantity."""
+    return [list(line) for line in list(zip(columns(report), *rows(report), strict=True))[1:]]
+
+
 def surfaces(contenders: Sequence[Contender]) -> str:
     """SVG: one square a contender, dark where the loss is high, all on one logarithmic scale."""
     gap, top = 20, 26
@@ -161,9 +174,10 @@ def surfaces(contenders: Sequence[Contender]) -> str:
     for number, contender in enumerate(contenders):
         left, cell = number * (side + gap), side / len(contender.surface)
         centre = contender.surface[len(contender.surface) // 2][len(contender.surface) // 2]
+        highest = max(loss for row in contender.surface for loss in row if math.isfinite(loss))
         parts.append(
             f'<text x="{left:.1f}" y="16" class="strong">{escape(contender.name.upper())}</text>'
-            f'<text x="{left:.1f}" y="{top + side + 18:.1f}">{centre:.3g} in the middle</text>'
+            f'<text x="{left:.1f}" y="{top + side + 18:.1f}">{centre:.3g} in the middle, up to {highest:.3g}</text>'
         )
         for i, row in enumerate(contender.surface):
             for j, loss in enumerate(row):
@@ -173,7 +187,8 @@ def surfaces(contenders: Sequence[Contender]) -> str:
                     f'fill="var(--s0)" fill-opacity="{shade:.3f}"><title>loss {loss:.4g}</title></rect>'
                 )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {top + side + 24:.0f}" role="img" aria-label="loss surfaces">'
+        f'<svg viewBox="0 0 {WIDTH} {top + side + 24:.0f}" role="img" aria-label="loss surfaces" '
+        'shape-rendering="crispEdges">'
         f"<title>loss surfaces</title>{''.join(parts)}</svg>"
     )
 
