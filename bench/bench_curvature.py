@@ -82,7 +82,7 @@ def encoder(_: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 class Digits(nn.Module):
-    """A convolution network so small (1,250 parameters) that its Hessian can be written out."""
+    """A convolution network so small (1,106 parameters) that its Hessian can be written out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,8 +321,8 @@ def run(name: str, call: Callable[[], Answer], truth: list[float], repeats: int)
 
 def rank_correlation(values: list[float], truth: list[float]) -> float:
     """Spearman's, of the magnitudes."""
-    ranks = [np.argsort(np.argsort(np.abs(x))) for x in (values, truth)]
-    return float(np.corrcoef(*ranks)[0, 1]) if len(values) > 1 else 1.0
+    found, true = (np.argsort(np.argsort(np.abs(x))) for x in (values, truth))
+    return float(np.corrcoef(found, true)[0, 1]) if len(values) > 1 else 1.0
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ def test_compares_optimizers_and_writes_a_report(files, capsys):
     seeds = [load_file(files / f"out/runs/hero-seed{s}.safetensors")["0.weight"] for s in (0, 1)]
     assert not torch.equal(*seeds)
     page = (files / "out/report.html").read_text()
+    assert page.count("<th>") == 5 and page.count("<tr>") == 1 + 12  # a column an optimizer, a row a quantity
     assert page.count("<rect") == 4 * 121 and "HERO" in page and "http" not in page
     printed = capsys.readouterr().out
     assert "W2 nearest" in printed and "ASAM" in printed

@@ -47,6 +47,7 @@ def test_writes_table_plan_and_report(files, capsys):
     planned = json.loads((files / "out/plan.json").read_text())
     assert sum(layer["bits"] * layer["weights"] for layer in planned["layers"]) <= 4 * (36 + 192)
     page = (files / "out/report.html").read_text()
+    assert page.count("<table>") == 2 and "<td>192</td>" in page and "bits on average" in page
     assert page.count("<svg") == 4 and "<?xml" not in page and "evaluation mode" in page
 
 

@@ -31,9 +31,10 @@ class Conditions:
 
     def __str__(self) -> str:
         layers = "BatchNorm and dropout in evaluation mode" if self.mode == "eval" else "BatchNorm and dropout training"
+        batches = "batch" if self.batches == 1 else "batches"
         shards = f" on {self.processes} processes" if self.processes > 1 else ""
         return (
-            f"{self.parameters:,} parameters, {self.samples:,} samples in {self.batches} batch{'' if self.batches == 1 else 'es'}{shards}, "
+            f"{self.parameters:,} parameters, {self.samples:,} samples in {self.batches} {batches}{shards}, "
             f"loss {self.loss:.4g}, {layers}, {self.differentiation.replace('_', ' ')}"
         )
 
