@@ -7,19 +7,20 @@ from bantamweight.bench import peers
 from bantamweight.bench.peers import open_vino
 from bantamweight.bench.peers.peer import pack_codes, round_groups
 from bantamweight.errors import BantamweightError
-from torch import Tensor
 
 
-def weight_of(out_features: int, in_features: int) -> Tensor:
-    return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(0)) / in_features**0.5
+def source_of(out_features: int, in_features: int) -> peers.Source:
+    generator = torch.Generator().manual_seed(0)
+    return peers.Source(torch.randn(out_features, in_features, generator=generator) / in_features**0.5)
 
 
 @pytest.mark.parametrize("library", peers.LIBRARIES)
 def test_every_peer_multiplies_by_its_own_rounded_weight(library: str) -> None:
     if (why := peers.missing(library)) is not None:
         pytest.skip(why)
-    weight = weight_of(64, 512)
-    found = list(peers.build([library], weight, 1))
+    source = source_of(64, 512)
+    weight = source.weight
+    found = list(peers.build([library], source, 1))
     assert found and len({peer.name for peer in found}) == len(found)
     for peer in found:
         assert peer.name.startswith(library)
@@ -41,10 +42,10 @@ def test_every_peer_multiplies_by_its_own_rounded_weight(library: str) -> None:
 
 
 def test_low_bit_peers_keep_their_bits() -> None:
-    weight = weight_of(64, 256)
+    source = source_of(64, 256)
     for library in ("openvino", "ggml", "onnxruntime"):
         if peers.missing(library) is None:
-            assert all(peer.bits <= 8 for peer in peers.build([library], weight, 1))
+            assert all(peer.bits <= 8 for peer in peers.build([library], source, 1))
 
 
 def test_openvino_weights_of_another_type_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,7 @@ def test_openvino_weights_of_another_type_are_found_out(monkeypatch: pytest.Monk
         return openvino.Core().compile_model(openvino.Model([op.result(product)], [x]), "CPU")
 
     monkeypatch.setattr(open_vino, "_compile", with_float_weights)
-    assert {peer.bits for peer in open_vino.build(weight_of(64, 256), 1)} == {32}
+    assert {peer.bits for peer in open_vino.build(source_of(64, 256), 1)} == {32}
 
 
 @pytest.mark.parametrize("library", [name for name in peers.LIBRARIES if name != "torch"])
@@ -67,7 +68,7 @@ def test_a_missing_library_is_left_out_with_a_reason(library: str, monkeypatch: 
     monkeypatch.delenv("BANTAMWEIGHT_GGML", raising=False)
     why = peers.missing(library)
     assert why is not None and "not installed" in why and "\n" not in why
-    assert list(peers.build([library], weight_of(4, 4), 1)) == []
+    assert list(peers.build([library], source_of(4, 4), 1)) == []
 
 
 def test_a_folder_without_ggml_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -86,7 +87,7 @@ def test_choice_of_libraries() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_groups_are_rounded_to_the_nearest_of_their_levels(bits: int) -> None:
-    weight = weight_of(6, 64)
+    weight = source_of(6, 64).weight
     rounded = round_groups(weight, bits, 16)
     assert rounded is not None
     off = (rounded.dequantize() - weight).reshape(6, 4, 16).abs() / rounded.scale

@@ -18,7 +18,7 @@ from ..io.bitpack import bits_for
 from ..nn.packed import PackedLinear
 from ..weights import QuantizedWeight
 from .limits import Limits, measure
-from .peers import Peer, build, choose
+from .peers import Peer, Source, build, choose
 from .timing import Turn, take_turns
 
 SHAPES = ((768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 14336))
@@ -184,17 +184,16 @@ def run(
         for in_features, out_features in shapes:
             x = torch.randn(max(batches, default=0), in_features, generator=torch.Generator().manual_seed(0))
             packed = [random_weight(name, out_features, in_features) for name in schemes]
-            weight = (
-                torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)) / in_features**0.5
-            )
+            source = Source(torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(1)))
+            exact: dict[str, Tensor] = {}
             for count in thread_counts:
                 torch.set_num_threads(count)
                 if count not in limits:
                     limits[count] = measure()
                 with torch.inference_mode():
-                    candidates = [_checked(peer, True, x) for peer in build(libraries, weight, count)]
+                    candidates = [_checked(peer, True, x, exact) for peer in build(libraries, source, count)]
                     for quantized in packed:
-                        candidates += [_checked(ours, False, x) for ours in _ours(quantized, chosen)]
+                        candidates += [_checked(ours, False, x, exact) for ours in _ours(quantized, chosen)]
                     for batch in batches:
                         for row in _measure(candidates, x[:batch], limits[count], seconds):
                             found.append(row)
@@ -206,20 +205,23 @@ def run(
     return found
 
 
-def _checked(peer: Peer, is_peer: bool, x: Tensor) -> _Candidate:
-    return _Candidate(peer=peer, is_peer=is_peer, exact=x[:_CHECKED] @ peer.dequantize().t())
+def _checked(peer: Peer, is_peer: bool, x: Tensor, exact: dict[str, Tensor]) -> _Candidate:
+    """The candidate with its exact products, which `exact` keeps by name for the next number of threads."""
+    if peer.name not in exact:
+        exact[peer.name] = x[:_CHECKED] @ peer.dequantize().t()
+    return _Candidate(peer=peer, is_peer=is_peer, exact=exact[peer.name])
 
 
 def _measure(candidates: Sequence[_Candidate], x: Tensor, limits: Limits, seconds: float) -> list[Row]:
     able = [c for c in candidates if c.peer.max_rows is None or x.shape[0] <= c.peer.max_rows]
     calls = [candidate.peer.prepare(x) for candidate in able]
+    errors = [_error(call(), candidate.exact) for call, candidate in zip(calls, able, strict=True)]
     turns = [Turn(call=call, pool=candidate.peer.pool) for call, candidate in zip(calls, able, strict=True)]
     times = take_turns(turns, seconds, threads=limits.threads)
     rows = []
-    for candidate, call, took in zip(able, calls, times, strict=True):
+    for candidate, error, took in zip(able, errors, times, strict=True):
         others = [(other.peer.bits, its.median) for other, its in zip(able, times, strict=True) if other.is_peer]
-        exact = candidate.exact[: x.shape[0]]
-        error = float((call()[:_CHECKED].float() - exact).norm() / exact.norm().clamp_min(1e-30))
+        out_features = candidate.exact.shape[1]
         bits = candidate.peer.bits
         rows.append(
             Row(
@@ -228,20 +230,25 @@ def _measure(candidates: Sequence[_Candidate], x: Tensor, limits: Limits, second
                 peer=candidate.is_peer,
                 bits=bits,
                 in_features=x.shape[1],
-                out_features=exact.shape[1],
+                out_features=out_features,
                 rows=x.shape[0],
                 threads=limits.threads,
                 microseconds=1e6 * took.median,
                 spread=took.spread,
                 fastest=1e6 * took.fastest,
                 bytes=candidate.peer.bytes,
-                floor=limits.microseconds(candidate.peer.bytes, 2.0 * x.numel() * exact.shape[1]),
+                floor=limits.microseconds(candidate.peer.bytes, 2.0 * x.numel() * out_features),
                 error=error,
                 ratio=None if candidate.is_peer else _ratio([m for b, m in others if b <= bits], took.median),
                 ratio_any=None if candidate.is_peer else _ratio([m for _, m in others], took.median),
             )
         )
     return rows
+
+
+def _error(y: Tensor, exact: Tensor) -> float:
+    exact = exact[: y.shape[0]]
+    return float((y[:_CHECKED].float() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 def _ratio(medians: Sequence[float], ours: float) -> float | None:

@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
 from ...errors import BantamweightError
 from . import ggml, onnx_runtime, open_vino, torch_layers
-from .peer import Peer
+from .peer import Peer, Source
 
-__all__ = ["LIBRARIES", "Peer", "build", "choose", "missing"]
+__all__ = ["LIBRARIES", "Peer", "Source", "build", "choose", "missing"]
 
 LIBRARIES = {"torch": torch_layers, "onnxruntime": onnx_runtime, "openvino": open_vino, "ggml": ggml}
 
@@ -40,14 +38,14 @@ def missing(name: str) -> str | None:
     return LIBRARIES[name].missing()
 
 
-def build(names: Sequence[str], weight: Tensor, threads: int) -> Iterator[Peer]:
+def build(names: Sequence[str], source: Source, threads: int) -> Iterator[Peer]:
     """Every peer of the libraries that are installed, one after the other: each keeps its own copy of the weight.
 
     Args:
         names: of `LIBRARIES`.
-        weight: float32 [out, in], which every peer rounds in its own way.
+        source: the weight.
         threads: that each may use.
     """
     for name in names:
         if missing(name) is None:
-            yield from LIBRARIES[name].build(weight, threads)
+            yield from LIBRARIES[name].build(source, threads)

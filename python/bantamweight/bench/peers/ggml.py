@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peer import Peer
+from .peer import Peer, Source
 
 # name, ggml_type, bits, ternary weights only
 _TYPES = (
@@ -133,19 +133,18 @@ _REPACKED = {"CPU_REPACK": ("Q2_K", "Q4_0", "Q4_K"), "AMX": ("Q4_0", "Q4_K", "Q8
 _MAX_ROWS = {"AMX": 1}
 
 
-def build(weight: Tensor, threads: int) -> Iterator[Peer]:
+def build(source: Source, threads: int) -> Iterator[Peer]:
     folder = _folder()
     assert folder is not None
     library = _library(folder)
-    out_features, in_features = weight.shape
+    out_features, in_features = source.weight.shape
     for name, kind, bits, ternary in _TYPES:
         traits = library.traits(kind).contents
         if in_features % traits.block_size:
             continue
-        weights = _ternary(weight) if ternary else weight.contiguous()
-        blob = torch.empty(in_features // traits.block_size * traits.type_size * out_features + 64, dtype=torch.uint8)
-        library.quantize(kind, weights.data_ptr(), blob.data_ptr(), 0, out_features, in_features, None)
-        del weights
+        blob = source.once(
+            ("ggml", folder, name), lambda kind=kind, ternary=ternary: _quantized(library, kind, source.weight, ternary)
+        )
         for buffer_name in (None, *library.extra_buffers):
             if buffer_name is not None and name not in _REPACKED.get(buffer_name, ()):
                 continue
@@ -160,6 +159,15 @@ def build(weight: Tensor, threads: int) -> Iterator[Peer]:
                 dequantize=lambda blob=blob, traits=traits: _dequantized(traits, blob, out_features, in_features),
                 max_rows=_MAX_ROWS.get(buffer_name or ""),
             )
+
+
+def _quantized(library: _Library, kind: int, weight: Tensor, ternary: bool) -> Tensor:
+    out_features, in_features = weight.shape
+    weight = _ternary(weight) if ternary else weight.contiguous()
+    traits = library.traits(kind).contents
+    blob = torch.empty(in_features // traits.block_size * traits.type_size * out_features, dtype=torch.uint8)
+    library.quantize(kind, weight.data_ptr(), blob.data_ptr(), 0, out_features, in_features, None)
+    return blob
 
 
 def _ternary(weight: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .peer import Peer, Rounded, round_groups
+from .peer import Peer, Rounded, Source
 
 _DOMAIN = "com.microsoft"
 # bits, group size, 2-bit tables
@@ -27,9 +27,9 @@ def missing() -> str | None:
     return None
 
 
-def build(weight: Tensor, threads: int) -> Iterator[Peer]:
+def build(source: Source, threads: int) -> Iterator[Peer]:
     for bits, group_size, tables in _VARIANTS:
-        rounded = round_groups(weight, bits, group_size)
+        rounded = source.rounded(bits, group_size)
         if rounded is None:
             continue
         session = _session(rounded, threads, tables)
@@ -40,7 +40,7 @@ def build(weight: Tensor, threads: int) -> Iterator[Peer]:
             bytes=rounded.codes.numel() * bits // 8 + 4 * rounded.scale.numel(),
             kernel="",
             pool=name,  # threads belong to a session,
-            prepare=_preparer(session, weight.shape[0]),
+            prepare=_preparer(session, source.weight.shape[0]),
             dequantize=rounded.dequantize,
         )
 

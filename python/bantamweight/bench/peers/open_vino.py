@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .peer import Peer, Rounded, pack_codes, round_groups
+from .peer import Peer, Rounded, Source, pack_codes
 
 # bits, group size (0: the row), float type that what is not int8 is computed in
 _VARIANTS = ((2, 128, "f32"), (4, 128, "f32"), (4, 128, "bf16"), (8, 128, "f32"), (8, 0, "f32"))
@@ -26,10 +26,10 @@ def missing() -> str | None:
     return None
 
 
-def build(weight: Tensor, threads: int) -> Iterator[Peer]:
-    in_features = weight.shape[1]
+def build(source: Source, threads: int) -> Iterator[Peer]:
+    in_features = source.weight.shape[1]
     for bits, group_size, precision in _VARIANTS:
-        rounded = round_groups(weight, bits, group_size or in_features)
+        rounded = source.rounded(bits, group_size or in_features)
         if rounded is None:
             continue
         compiled = _compile(rounded, threads, precision)

@@ -1,10 +1,34 @@
 """What a peer is, and the group-wise rounding that several of them share."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The float32 weight [out, in] that peers round, each in its own way.
+
+    Example:
+        >>> source = Source(torch.randn(4, 8))
+        >>> source.once("largest", lambda: source.weight.abs().max()) is source.once("largest", torch.empty(()).clone)
+        True
+    """
+
+    weight: Tensor
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned the first time: peers for another number of threads need not round again."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def rounded(self, bits: int, group_size: int) -> "Rounded | None":
+        return self.once(("rounded", bits, group_size), lambda: round_groups(self.weight, bits, group_size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .peer import Peer
+from .peer import Peer, Source
 
 
 def missing() -> str | None:
     return None
 
 
-def build(weight: Tensor, threads: int) -> Iterator[Peer]:
+def build(source: Source, threads: int) -> Iterator[Peer]:
     """torch's threads are the process's: `threads` has to be set with torch.set_num_threads."""
+    weight = source.weight
     yield _float_layer(weight, torch.float32, "torch fp32")
     yield _float_layer(weight, torch.bfloat16, "torch bf16")
     for engine in ("x86", "onednn", "qnnpack"):
