@@ -439,7 +439,10 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   task.stream_outputs = outgrows_cache(task);
   // Chunks that short groups leave half empty pay off at more rows.
   const int64_t chunk_count = count_chunks(task);
-  const int64_t quads = chunk_count == 0 ? 0 : count_quads(task) / chunk_count;
+  // One that the end of k leaves so, among several, does not.
+  const int64_t spare = chunk_count < 4 ? 0 : kChunkQuads - 1;
+  const int64_t average = chunk_count == 0 ? 0 : (count_quads(task) + spare) / chunk_count;
+  const int64_t quads = average < kChunkQuads ? average : kChunkQuads;
   const int64_t min_rows = kMinRows + kChunkQuads - quads;
   const int64_t tiles = (task.row_count + kTileRows - 1) / kTileRows, tail = task.row_count % kTileRows;
   const bool on_vnni =

@@ -12,9 +12,13 @@
 // loads, 1.5 shifts, 1 vpternlogd, 4 and. One row is bound by ports 0 and 5 (3.5 cycles for 64 bytes
 // at 2 bits) while the weights are in L2, and by memory beyond it: 28.5 to 30 GB/s where a plain
 // AVX-512 sum over the same bytes reads 29 to 30 (4096 x 4096 and 4096 x 14336 at 2, 3, 4 and 8 bits).
-// There only bytes count: 3 bits take 3/4 of the time of 4, but 1.25 of it in L2 (768 x 3072), so they
+// There only bytes count: 3 bits take 3/4 of the time of 4, but 1.37 of it in L2 (768 x 3072), so they
 // are stored as 4 where they fit (stored_bits). Six rows share the masks: 24 of 27 operations are
 // products, which reached 690 to 730 GOPS where vpdpbusd alone reaches 830 (Sapphire Rapids, 3.2 GHz).
+//
+// Five trits a byte for ternary (vpdpbusd on the byte itself and on two table lookups by vpermi2b; 0.2
+// bytes a weight) ran at half the speed of 2 bits in L2 and at 1.1 of it beyond, and would be
+// slower from 4 rows on, where AMX unpacks: not here. From DRAM (131 MB) it was 1.4 times as fast.
 //
 // No gain beyond L2: huge pages under the layout, fetching 2, 4 or 8 KB ahead instead of 1, reading
 // two to eight streams at once. Expanding 3 bits to 4 for few rows: the stores into L2 cost more than
@@ -141,48 +145,57 @@ inline void multiply_add(__m512i& sum, __m512i codes, __m512i activations) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
 }
 
+// Kept in a register: GCC 12 would rather load again for every row.
+inline __m512i load_once(const uint8_t* from) {
+  __m512i x = _mm512_load_si512(from);
+  __asm__("" : "+v"(x));
+  return x;
+}
+
 // Sums of `steps` steps of one piece into sums [kRows][64]; added to what is there unless `first`.
-template <int kBits, int kRows>
+template <int kBits, int kRows, int kTiles>
 inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps, bool first,
                       int32_t* sums) {
   constexpr int64_t kStep = step_bytes(kBits), kPrefetch = 1024;
-  // vpdpbusd takes 5 cycles and two start a cycle: few rows need more than one set of sums.
-  constexpr int kSets = kRows == 1 ? (kBits == 3 ? 2 : 4) : kRows == 2 && kBits != 3 ? 2 : 1;
+  // vpdpbusd takes 5 cycles and two start a cycle: few sums need more than one set of them.
+  constexpr int kSums = kRows * kTiles * (kBits == 3 ? 2 : 1);
+  constexpr int kSets = kSums <= 4 ? 4 : kSums < 10 ? 2 : 1;
   const __m512i low2 = _mm512_set1_epi8(0x03), low3 = _mm512_set1_epi8(0x07), low4 = _mm512_set1_epi8(0x0f),
                 low6 = _mm512_set1_epi8(0x3f);
   const int8_t* a[kRows];
-  __m512i s[kSets][kRows][4];
+  __m512i s[kSets][kRows][kTiles];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     a[r] = rows[r] + row_offset;
 #pragma GCC unroll 4
     for (int set = 0; set < kSets; ++set) {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) s[set][r][j] = _mm512_setzero_si512();
+      for (int j = 0; j < kTiles; ++j) s[set][r][j] = _mm512_setzero_si512();
     }
   }
-  const auto multiply = [&](__m512i(&into)[kRows][4], const __m512i(&x)[4], int64_t k) __attribute__((always_inline)) {
+  const auto multiply = [&](__m512i(&into)[kRows][kTiles], const __m512i(&x)[4], int64_t k)
+                            __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, a[r] + k, 4);
-      const __m512i activations = _mm512_set1_epi32(four);
+                              for (int r = 0; r < kRows; ++r) {
+                                int32_t four;
+                                __builtin_memcpy(&four, a[r] + k, 4);
+                                const __m512i activations = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) multiply_add(into[r][j], x[j], activations);
-    }
-  };
-  const auto step = [&](__m512i(&into)[kRows][4], int64_t at) __attribute__((always_inline)) {
+                                for (int j = 0; j < kTiles; ++j) multiply_add(into[r][j], x[j], activations);
+                              }
+                            };
+  const auto step = [&](__m512i(&into)[kRows][kTiles], int64_t at) __attribute__((always_inline)) {
     const uint8_t* w = weight + at * kStep;
     __m512i x[4];
 #pragma GCC unroll 4
     for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(w + kPrefetch + line, _MM_HINT_T0);
     if constexpr (kBits == 2) {
-      x[3] = _mm512_load_si512(w);
+      x[3] = load_once(w);
       x[0] = _mm512_and_si512(x[3], low2);
       x[1] = _mm512_and_si512(x[3], low4);
       x[2] = _mm512_and_si512(x[3], low6);
     } else if constexpr (kBits == 3) {
-      const __m512i x0 = _mm512_load_si512(w), x1 = _mm512_load_si512(w + 64), x2 = _mm512_load_si512(w + 128);
+      const __m512i x0 = load_once(w), x1 = load_once(w + 64), x2 = load_once(w + 128);
       const __m512i x3 = fourth_row(x0, x1, x2);
       const __m512i next[4] = {_mm512_and_si512(x2, low3), _mm512_and_si512(x2, low6), _mm512_and_si512(x3, low3),
                                _mm512_and_si512(x3, low6)};
@@ -192,13 +205,13 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
       x[2] = _mm512_and_si512(x1, low3);
       x[3] = _mm512_and_si512(x1, low6);
     } else if constexpr (kBits == 4) {
-      x[1] = _mm512_load_si512(w);
-      x[3] = _mm512_load_si512(w + 64);
+      x[1] = load_once(w);
+      x[3] = load_once(w + 64);
       x[0] = _mm512_and_si512(x[1], low4);
       x[2] = _mm512_and_si512(x[3], low4);
     } else {
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) x[j] = _mm512_load_si512(w + 64 * j);
+      for (int j = 0; j < kTiles; ++j) x[j] = load_once(w + 64 * j);
     }
     multiply(into, x, at * step_k(kBits));
   };
@@ -213,7 +226,7 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kTiles; ++j) {
 #pragma GCC unroll 4
       for (int set = 1; set < kSets; ++set) s[0][r][j] = _mm512_add_epi32(s[0][r][j], s[set][r][j]);
       int32_t* to = sums + r * 64 + 16 * j;
@@ -225,7 +238,7 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
 
 // kRows rows against the block. The sums go through memory once a group: held in registers across
 // the loop over groups, the float outputs would push the integer sums out of them.
-template <int kBits, int kRows>
+template <int kBits, int kRows, int kTiles>
 void run_rows(const TileTask& task, int64_t first_row) {
   alignas(64) int32_t sums[kRows * 64];
   alignas(64) float partial[kRows * 64];
@@ -234,15 +247,15 @@ void run_rows(const TileTask& task, int64_t first_row) {
     const int64_t group = task.pieces[p].group;
     for (bool first = true; p < task.piece_count && task.pieces[p].group == group; ++p, first = false) {
       const int64_t steps = steps_of(kBits, task.pieces[p]);
-      sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, first, sums);
+      sum_piece<kBits, kRows, kTiles>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, first, sums);
       weight += steps * step_bytes(kBits);
     }
-    finish_group<kBits>(task, group, first_row, kRows, sums, partial);
+    finish_group<kBits, kTiles>(task, group, first_row, kRows, sums, partial);
   }
 }
 
-template <int kBits>
-void run_bits(const TileTask& task) {
+template <int kBits, int kTiles>
+void run_tiles(const TileTask& task) {
   constexpr int64_t kMaxRows = 6;
   // Tiles of nearly equal height: 8 rows as 4 + 4 rather than 6 + 2.
   const int64_t tiles = (task.row_count + kMaxRows - 1) / kMaxRows;
@@ -250,23 +263,35 @@ void run_bits(const TileTask& task) {
     const int64_t row = task.row_count * t / tiles;
     switch (task.row_count * (t + 1) / tiles - row) {
       case 1:
-        run_rows<kBits, 1>(task, row);
+        run_rows<kBits, 1, kTiles>(task, row);
         break;
       case 2:
-        run_rows<kBits, 2>(task, row);
+        run_rows<kBits, 2, kTiles>(task, row);
         break;
       case 3:
-        run_rows<kBits, 3>(task, row);
+        run_rows<kBits, 3, kTiles>(task, row);
         break;
       case 4:
-        run_rows<kBits, 4>(task, row);
+        run_rows<kBits, 4, kTiles>(task, row);
         break;
       case 5:
-        run_rows<kBits, 5>(task, row);
+        run_rows<kBits, 5, kTiles>(task, row);
         break;
       default:
-        run_rows<kBits, 6>(task, row);
+        run_rows<kBits, 6, kTiles>(task, row);
     }
+  }
+}
+
+// The products of channels that are not there are left out.
+template <int kBits>
+void run_bits(const TileTask& task) {
+  if (task.block_n_valid <= 16) {
+    run_tiles<kBits, 1>(task);
+  } else if (task.block_n_valid <= 32) {
+    run_tiles<kBits, 2>(task);
+  } else {
+    run_tiles<kBits, 4>(task);
   }
 }
 

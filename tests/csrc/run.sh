@@ -29,6 +29,15 @@ run() {
   sed -n 's/^[0-9]*: \(.* ran, equal .*\|.* not run: .*\|test_.*\)$/\1/p' "build/$mode.log"
 }
 
+# The inner loops of the packed matmul have no more instructions than were recorded.
+count_instructions() {
+  if ! command -v python3 >/dev/null; then
+    echo "  instruction counts not compared: there is no python3"
+    return
+  fi
+  python3 tests/csrc/instruction_counts.py "build/$mode" || { echo "C++ tests ($mode): a loop grew"; exit 1; }
+}
+
 # CPUs without the newer instructions: one that strayed into a baseline file is illegal there.
 run_on_older_cpus() {
   for cpu in cortex-a53 neoverse-n1; do
@@ -46,6 +55,7 @@ for mode in "${@:-native}"; do
     native)
       build
       run
+      count_instructions
       ;;
     sanitize)
       build -DBANTAMWEIGHT_SANITIZE=ON
@@ -60,6 +70,7 @@ for mode in "${@:-native}"; do
       build -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
         -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64-static;-cpu;max"
       run
+      count_instructions
       run_on_older_cpus
       ;;
     *)
