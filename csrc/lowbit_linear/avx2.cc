@@ -12,6 +12,7 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include "lowbit_linear/finish_avx2.h"
+#include "lowbit_linear/tables_avx2.h"
 
 namespace bantamweight {
 namespace {
@@ -24,10 +25,13 @@ int64_t step_k(int bits) { return 32 / layout_bits(bits); }
 
 int64_t steps_of(const KPiece& piece, int64_t k) { return (piece.k_size + k - 1) / k; }
 
+// A line behind the steps of 2-bit codes says whether all are ternary.
+int64_t trailer_bytes(int bits) { return bits == 2 ? 64 : 0; }
+
 int64_t block_bytes(int bits, const KPiece* pieces, int64_t piece_count) {
   int64_t steps = 0;
   for (int64_t p = 0; p < piece_count; ++p) steps += steps_of(pieces[p], step_k(bits));
-  return steps * kStepBytes;
+  return steps * kStepBytes + trailer_bytes(bits);
 }
 
 float lane_factor(int, int64_t) { return 1.0f; }
@@ -36,15 +40,19 @@ void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8
                 uint8_t* block) {
   const int64_t step = step_k(bits), bytes = block_bytes(bits, pieces, piece_count);
   for (int64_t i = 0; i < bytes; ++i) block[i] = 0;
+  uint8_t* trailer = block + bytes - trailer_bytes(bits);
+  bool ternary = true;
   for (int64_t p = 0; p < piece_count; block += steps_of(pieces[p], step) * kStepBytes, ++p) {
     for (int64_t lane = 0; lane < valid_n; ++lane) {
       const uint8_t* from = codes + lane * ldk + pieces[p].k_begin;
       for (int64_t k = 0; k < pieces[p].k_size; ++k) {
         uint8_t& byte = block[k / step * kStepBytes + lane * 4 + k % 4];
         byte = static_cast<uint8_t>(byte | from[k] << k % step / 4 * layout_bits(bits));
+        ternary = ternary && from[k] < 3;
       }
     }
   }
+  if (bits == 2) *trailer = ternary;
 }
 
 void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, int64_t ldk,
@@ -179,7 +187,63 @@ void run(int bits, const TileTask& task) {
   }
 }
 
-constexpr LinearKernel kernel = {Isa::avx2, kBlockN, block_bytes, lane_factor, pack_block, unpack_block, run};
+// What comes before and after the channels of `first` that the caller's task stands for.
+TileTask task_at(const TileTask& first, int64_t blocks, int64_t block_bytes, int64_t channels) {
+  TileTask task = first;
+  task.weight += blocks * block_bytes;
+  task.scale += blocks * kBlockN * task.groups;
+  if (task.zero_scale != nullptr) task.zero_scale += blocks * kBlockN * task.groups;
+  if (task.bias != nullptr) task.bias += blocks * kBlockN;
+  task.y += blocks * kBlockN;
+  const int64_t left = channels - blocks * kBlockN;
+  task.block_n_valid = left < kBlockN ? left : kBlockN;
+  return task;
+}
+
+bool all_ternary(const uint8_t* first_block, int64_t block_count, int64_t block_bytes) {
+  for (int64_t b = 1; b <= block_count; ++b) {
+    if (first_block[b * block_bytes - trailer_bytes(2)] == 0) return false;
+  }
+  return true;
+}
+
+// Tables pay from this many rows and channels on, and those of 32 rows from 24.
+constexpr int64_t kMinTableRows = 12, kMinWideTableRows = 24, kMinTableChannels = 128;
+
+// Returns how many of the rows it did: all but a remainder too small for tables.
+int64_t run_by_tables(const TileTask& first, int64_t block_bytes, int64_t channels) {
+  int64_t done = 0;
+  for (int64_t left = first.row_count; left >= kMinTableRows; left = first.row_count - done) {
+    const bool wide = left >= kMinWideTableRows;
+    const int64_t most = wide ? 32 : 16, rows = left < most ? left : most;
+    for (int64_t n = 0; n < channels; n += kTableChannels) {
+      const TileTask task = task_at(first, n / kBlockN, block_bytes, channels);
+      const int64_t some = channels - n < kTableChannels ? channels - n : kTableChannels;
+      wide ? run_tables<2>(task, done, rows, some, block_bytes) : run_tables<1>(task, done, rows, some, block_bytes);
+    }
+    done += rows;
+  }
+  return done;
+}
+
+void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
+  const int64_t here = channels < block_count * kBlockN ? channels : block_count * kBlockN;
+  TileTask rest = first;
+  if (bits == 2 && first.piece_count > 0 && first.row_count >= kMinTableRows && here >= kMinTableChannels &&
+      all_ternary(first.weight, block_count, block_bytes)) {
+    const int64_t done = run_by_tables(first, block_bytes, here);
+    rest.rows += done;
+    rest.row_scale += done;
+    rest.row_sums += done * first.groups;
+    rest.row_count -= done;
+    rest.y += done * first.ldy;
+    if (rest.row_count == 0) return;
+  }
+  for (int64_t b = 0; b < block_count; ++b) run(bits, task_at(rest, b, block_bytes, channels));
+}
+
+constexpr LinearKernel kernel = {Isa::avx2, kBlockN,    block_bytes, lane_factor, pack_block, unpack_block,
+                                 run,       run_blocks, nullptr,     0,           1024};
 
 }  // namespace
 

@@ -168,6 +168,9 @@ struct LinearKernel {
   // bits are faster than a run at 3.
   void (*expand_block)(const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) = nullptr;
   int64_t expand_rows = 0;
+  // Channels that one call of run_blocks should get where the layer has them, because they share what
+  // the call does for its rows.
+  int64_t channels_at_once = 0;
 };
 
 // Null if this build has no such variant.

@@ -210,6 +210,10 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
     epilogue_of_chunk = epilogue_kernel(view.kernel->isa);
     rows_fit = std::clamp<int64_t>(kOutputBytes / std::max<int64_t>(1, 4 * view.n) / 32 * 32, 32, rows_fit);
   }
+  // A kernel that wants many channels at once gets threads that share the rows out before the channels.
+  const int64_t blocks_at_once = std::min(blocks, view.kernel->channels_at_once / block_n);
+  if (blocks_at_once > 0) rows_fit = std::min(rows_fit, (row_count / available_threads() + 31) / 32 * 32);
+  rows_fit = std::max<int64_t>(rows_fit, 32);
   const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
   const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
   const int64_t total = macs_per_block * blocks * row_chunks;
@@ -217,7 +221,8 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   const int64_t share = total / (2 * threads);
   const int64_t macs = threads == 1 ? kMaxMacs : std::clamp(share, kMinMacs, kMaxMacs);
   const int64_t blocks_fit = kWeightBytes / std::max<int64_t>(1, view.block_bytes);
-  const int64_t blocks_per_chunk = std::max<int64_t>(1, std::min(macs / macs_per_block, blocks_fit));
+  const int64_t least = std::min(blocks_at_once, (blocks * row_chunks + threads - 1) / threads);
+  const int64_t blocks_per_chunk = std::max<int64_t>({1, least, std::min(macs / macs_per_block, blocks_fit)});
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
   const int64_t chunks = row_chunks * block_chunks;
   const auto run_chunk = [&](int64_t c) {

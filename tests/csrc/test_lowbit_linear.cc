@@ -27,10 +27,11 @@ struct Weights {
 
 int64_t groups_of(const LinearShape& s) { return s.k == 0 ? 0 : (s.k + s.group_size - 1) / s.group_size; }
 
-Weights make_weights(const LinearShape& shape, Zeros zeros, check::Random& random) {
+// `levels`: codes 0 .. levels - 1, or 0 for as many as the bits hold.
+Weights make_weights(const LinearShape& shape, Zeros zeros, check::Random& random, int levels = 0) {
   Weights w;
   w.shape = shape;
-  const int levels = 1 << shape.bits;
+  if (levels == 0) levels = 1 << shape.bits;
   for (int64_t i = 0; i < shape.n * shape.k; ++i) w.codes.push_back(static_cast<uint8_t>(random.below(levels)));
   const float one_zero = zeros == Zeros::uniform ? static_cast<float>(levels / 2) : 0.0f;
   for (int64_t i = 0; i < shape.n * groups_of(shape); ++i) {
@@ -132,24 +133,54 @@ void check_unpack(const Layout& layout, const Weights& w, Isa isa) {
 
 struct Case {
   int64_t m, n, k, group_size;
+  int levels = 0;  // 3: ternary codes, in 2 bits only
 };
 
 constexpr Case kCases[] = {
-    {0, 5, 7, 7},       {3, 0, 7, 7},        {2, 3, 0, 1},       {1, 1, 1, 1},     {1, 3, 3, 3},      {3, 1, 5, 2},
-    {2, 15, 4, 4},      {4, 16, 8, 8},       {5, 17, 9, 3},      {7, 33, 15, 15},  {8, 31, 16, 16},   {9, 64, 17, 5},
-    {1, 63, 63, 32},    {3, 65, 65, 32},     {16, 64, 64, 64},   {17, 66, 96, 32}, {1, 128, 128, 64}, {6, 129, 100, 33},
-    {1, 40, 255, 128},  {2, 24, 256, 128},   {15, 130, 127, 64}, {1, 200, 200, 7}, {33, 20, 48, 16},  {65, 18, 40, 40},
-    {12, 70, 130, 128}, {1, 96, 1030, 1030}, {5, 48, 700, 128},
+    {0, 5, 7, 7},
+    {3, 0, 7, 7},
+    {2, 3, 0, 1},
+    {1, 1, 1, 1},
+    {1, 3, 3, 3},
+    {3, 1, 5, 2},
+    {2, 15, 4, 4},
+    {4, 16, 8, 8},
+    {5, 17, 9, 3},
+    {7, 33, 15, 15},
+    {8, 31, 16, 16},
+    {9, 64, 17, 5},
+    {1, 63, 63, 32},
+    {3, 65, 65, 32},
+    {16, 64, 64, 64},
+    {17, 66, 96, 32},
+    {1, 128, 128, 64},
+    {6, 129, 100, 33},
+    {1, 40, 255, 128},
+    {2, 24, 256, 128},
+    {15, 130, 127, 64},
+    {1, 200, 200, 7},
+    {33, 20, 48, 16},
+    {65, 18, 40, 40},
+    {12, 70, 130, 128},
+    {1, 96, 1030, 1030},
+    {5, 48, 700, 128},
+    // Enough ternary codes and rows for tables over the batch, with remainders of either size.
+    {12, 128, 20, 20, 3},
+    {17, 131, 100, 33, 3},
+    {33, 200, 127, 64, 3},
+    {41, 1100, 36, 36, 3},
+    {58, 140, 600, 600, 3},
 };
 
 void over_awkward_shapes(Isa isa) {
   check::Random random(1);
   for (const Case& c : kCases) {
     for (int bits : {2, 3, 4, 8}) {
+      if (c.levels == 3 && bits != 2) continue;
       for (Zeros zeros : {Zeros::uniform, Zeros::uniform_per_call, Zeros::per_channel_and_group}) {
         const int failed = check::failed;
         const LinearShape shape = {c.n, c.k, bits, c.group_size};
-        const Weights w = make_weights(shape, zeros, random);
+        const Weights w = make_weights(shape, zeros, random, c.levels);
         const Layout tested(w, isa), oracle(w, Isa::reference);
         check_unpack(tested, w, isa);
 
@@ -184,8 +215,9 @@ void at_the_largest_sums(Isa isa) {
       int64_t n, k;
       int code, zero;
     };
-    const Extreme extremes[] = {{20, 4096, 2, 1},        {20, 4096, 0, 1},        {20, 4096, top, 0},
-                                {3, kMaxGroupK, top, 0}, {3, kMaxGroupK, 0, top}, {2, kMaxGroupK + 100, top, 1}};
+    const Extreme extremes[] = {
+        {20, 4096, 2, 1},  {20, 4096, 0, 1},        {20, 4096, top, 0},      {130, 4096, 2, 1},
+        {130, 4096, 0, 1}, {3, kMaxGroupK, top, 0}, {3, kMaxGroupK, 0, top}, {2, kMaxGroupK + 100, top, 1}};
     for (const Extreme& e : extremes) {
       const int failed = check::failed;
       Weights w;
@@ -197,10 +229,10 @@ void at_the_largest_sums(Isa isa) {
       check_unpack(tested, w, isa);
       // One activation of 127 fixes the row's scale at exactly 1.
       const float values[] = {64.0f, -64.0f, 127.0f, -127.0f};
-      const int64_t m = e.k > 4096 ? 2 : 4;
+      const int64_t m = e.k > 4096 ? 2 : e.n > 20 ? 27 : 4;
       std::vector<float> x(static_cast<size_t>(m * e.k));
       for (int64_t r = 0; r < m; ++r) {
-        const float value = values[e.k > 4096 ? r + 2 : r];
+        const float value = values[e.k > 4096 ? r + 2 : r % 4];
         for (int64_t k = 0; k < e.k; ++k) x[static_cast<size_t>(r * e.k + k)] = value;
         x[static_cast<size_t>(r * e.k)] = 127.0f;
       }
@@ -226,9 +258,11 @@ void over_pieces(Isa isa) {
   const LinearKernel& kernel = *linear_kernel(isa);
   const LinearKernel& reference = *linear_kernel(Isa::reference);
   check::Random random(3);
-  for (int round = 0; round < 80; ++round) {
-    const int bits = (const int[]){2, 3, 4, 8}[round % 4];
-    const int64_t m = 1 + random.below(round % 5 == 0 ? 90 : 7), n = 1 + random.below(round % 7 == 0 ? 200 : 40),
+  for (int round = 0; round < 88; ++round) {
+    const bool ternary = round >= 80;  // wide and tall enough for tables over the batch
+    const int bits = ternary ? 2 : (const int[]){2, 3, 4, 8}[round % 4];
+    const int64_t m = ternary ? 12 + random.below(40) : 1 + random.below(round % 5 == 0 ? 90 : 7),
+                  n = ternary ? 128 + random.below(70) : 1 + random.below(round % 7 == 0 ? 200 : 40),
                   groups = 1 + random.below(3);
     std::vector<KPiece> pieces;
     int64_t k = 0, row_bytes = 0;
@@ -245,7 +279,7 @@ void over_pieces(Isa isa) {
     }
     const auto piece_count = static_cast<int64_t>(pieces.size());
     std::vector<uint8_t> codes(static_cast<size_t>(n * k));
-    for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(1 << bits));
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(ternary ? 3 : 1 << bits));
     std::vector<float> scale(static_cast<size_t>(n * groups)), zero(scale.size(), 1.0f), bias(static_cast<size_t>(n));
     for (float& s : scale) s = random.uniform();
     for (float& b : bias) b = random.uniform();
