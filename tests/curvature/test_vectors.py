@@ -1,3 +1,5 @@
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,28 @@ def test_basis_is_orthogonal_to_working_precision(variant):
         basis.append(after)
     V = basis.combine(np.eye(40))
     torch.testing.assert_close(V @ V.T, torch.eye(40), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [3, 300_001], ids=["small", "huge pages"])
+def test_new_rows_do_not_overlap(dtype, size):
+    rows = vectors.new_rows(4, size, dtype, torch.device("cpu"))
+    assert rows.shape == (4, size) and rows.dtype == dtype
+    for i in range(4):
+        assert rows[i].is_contiguous()
+        rows[i] = i + 1
+    assert rows.sum(1).tolist() == [size, 2 * size, 3 * size, 4 * size]
+    if size > 3 and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert all(row.data_ptr() % 64 == 0 for row in rows)  # what stores past the caches need
+
+
+def test_a_long_basis_is_orthogonal_in_huge_pages():
+    basis = Basis(300_001, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        basis.append(basis.orthogonalise([torch.randn(300_001, generator=generator)]).after)
+    V = basis.combine(np.eye(3))
+    torch.testing.assert_close(V @ V.T, torch.eye(3), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
