@@ -41,6 +41,14 @@ def test_every_peer_multiplies_by_its_own_rounded_weight(library: str) -> None:
             assert float((y - expected).norm() / expected.norm()) < 0.03, peer.name
 
 
+def test_ggml_leaves_out_what_a_repacking_buffer_does_not_take() -> None:
+    if (why := peers.missing("ggml")) is not None:
+        pytest.skip(why)
+    # 30 rows fill neither the eight rows of CPU_REPACK nor the tiles of AMX: loading such a weight would crash.
+    names = [peer.name for peer in peers.build(["ggml"], source_of(30, 256), 1)]
+    assert names == ["ggml TQ1_0", "ggml TQ2_0", "ggml Q2_K", "ggml Q4_0", "ggml Q4_K", "ggml Q8_0"]
+
+
 def test_low_bit_peers_keep_their_bits() -> None:
     source = source_of(64, 256)
     for library in ("openvino", "ggml", "onnxruntime"):

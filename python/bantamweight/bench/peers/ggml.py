@@ -97,6 +97,7 @@ class _Library:
         self.traits = take(base, "ggml_get_type_traits", POINTER(_TypeTraits), c_int)
         self.compute = take(base, "ggml_backend_graph_compute", c_int, pointer, pointer)
         self.default_buffer = take(base, "ggml_backend_get_default_buffer_type", pointer, pointer)
+        self.supports = take(base, "ggml_backend_dev_supports_op", c_bool, pointer, pointer)
         self.free_backend = take(base, "ggml_backend_free", None, pointer)
         self.set_threads = take(cpu, "ggml_backend_cpu_set_n_threads", None, pointer, c_int)
         self.new_backend = take(cpu, "ggml_backend_cpu_init", pointer)
@@ -109,10 +110,10 @@ class _Library:
         registry_of = take(base, "ggml_backend_dev_backend_reg", pointer, pointer)
         address_of = take(base, "ggml_backend_reg_get_proc_address", pointer, pointer, c_char_p)
         name_of = take(base, "ggml_backend_buft_name", c_char_p, pointer)
-        device = device_of(self.new_backend())
+        self.device = device_of(self.new_backend())
         extra = CFUNCTYPE(POINTER(c_void_p), c_void_p)(
-            address_of(registry_of(device), b"ggml_backend_dev_get_extra_bufts")
-        )(device)
+            address_of(registry_of(self.device), b"ggml_backend_dev_get_extra_bufts")
+        )(self.device)
         self.extra_buffers: dict[str, int] = {}
         for buffer in extra:
             if not buffer:
@@ -125,8 +126,6 @@ def _library(folder: Path) -> _Library:
     return _Library(folder)
 
 
-# The weight types that each repacking buffer takes; any other crashes.
-_REPACKED = {"CPU_REPACK": ("Q2_K", "Q4_0", "Q4_K"), "AMX": ("Q4_0", "Q4_K", "Q8_0")}
 # ggml 0.25 configures the tiles once a thread, for the life of the process; when another library has released them
 # since (oneDNN and our kernels do after each product), its next product is an illegal instruction. One row of
 # activations runs on VNNI and is safe.
@@ -146,9 +145,10 @@ def build(source: Source, threads: int) -> Iterator[Peer]:
             ("ggml", folder, name), lambda kind=kind, ternary=ternary: _quantized(library, kind, source.weight, ternary)
         )
         for buffer_name in (None, *library.extra_buffers):
-            if buffer_name is not None and name not in _REPACKED.get(buffer_name, ()):
+            layer = _Layer(library, kind, (out_features, in_features), buffer_name, threads)
+            if not layer.supported():
                 continue
-            layer = _Layer(library, kind, blob, (out_features, in_features), buffer_name, threads)
+            layer.load(blob)
             yield Peer(
                 name=f"ggml {name}" + (f" {buffer_name.removeprefix('CPU_').lower()}" if buffer_name else ""),
                 bits=bits,
@@ -189,7 +189,6 @@ class _Layer:
         self,
         library: _Library,
         kind: int,
-        blob: Tensor,
         shape: tuple[int, int],
         buffer_name: str | None,
         threads: int,
@@ -203,7 +202,18 @@ class _Layer:
         self.weight = library.new_matrix(context, kind, shape[1], shape[0])
         self.bytes = library.nbytes(self.weight)
         self.memory.append((context, library.allocate(context, buffer)))
-        library.tensor_set(self.weight, blob.data_ptr(), 0, self.bytes)
+
+    def supported(self) -> bool:
+        """Whether the buffer takes weights of this type and shape on this CPU; loading any other crashes."""
+        library = self.library
+        context = library.init(_InitParams(_NODES, None, True))
+        inputs = library.new_matrix(context, _FLOAT32, self.shape[1], 1)
+        answer = library.supports(library.device, library.mul_mat(context, self.weight, inputs))
+        library.free(context)
+        return answer
+
+    def load(self, blob: Tensor) -> None:
+        self.library.tensor_set(self.weight, blob.data_ptr(), 0, self.bytes)
 
     def __del__(self) -> None:
         for context, buffer in self.memory:
