@@ -141,6 +141,8 @@ class PackedChain(_Fused):
         self.register_module("norm", norm)
         self.in_features = stages[0].linear.in_features
         self.out_features = stages[-1].linear.out_features
+        self._name = f"{type(self).__name__} {self.in_features} to {self.out_features}"
+        self._reads_floats = norm is not None or any(stage.residual == "input" for stage in stages)
         self._takes_residual = any(stage.residual == "given" for stage in stages)
 
     def forward(self, x: Tensor | QuantizedRows, residual: Tensor | None = None) -> Tensor:
@@ -180,9 +182,9 @@ class PackedChain(_Fused):
         return rounded
 
     def _call(self, x: Tensor | QuantizedRows, residual: Tensor | None, y: int, rounded: QuantizedRows | None) -> None:
-        name = f"{type(self).__name__} {self.in_features} to {self.out_features}"
+        name = self._name
         m, floats, rows = self._rows_of(x, self.in_features, name)
-        if floats is None and (self.norm is not None or any(source == "input" for _, source, _ in self.stages)):
+        if floats is None and self._reads_floats:
             raise BantamweightError(f"{name} adds or normalises its input, so it takes a float tensor, not rows")
         added, width = self._residual(residual, x, name)
         status = self._runner_of().forward(
