@@ -52,6 +52,15 @@ def test_groups_and_searched_steps() -> None:
     ).all()
 
 
+def test_rows_that_share_a_scale() -> None:
+    torch.manual_seed(0)
+    layer = nn.Embedding(4500, 16)
+    table, _ = quantize_embedding(layer, RoundToNearest(bits=4, alphabet="full", steps=(0.7, 1.0), rows_per_scale=7))
+    for part in (table.scale, table.zero):
+        assert all(bool((group == group[0]).all()) for group in part.split(7))
+    assert len(table.scale.unique()) > 100
+
+
 def test_the_driver_leaves_tables_in_float_unless_asked() -> None:
     torch.manual_seed(0)
     net, data = Tagger(), torch.randint(0, 50, (64, 9))

@@ -59,6 +59,8 @@ def test_json_round_trip_and_versions():
         ({"group_size": 0}, "group_size is 0"),
         ({"granularity": "row"}, "granularity is 'row'"),
         ({"granularity": "group"}, "give a group_size"),
+        ({"rows_per_scale": 0}, "rows_per_scale is 0"),
+        ({"rows_per_scale": 6, "granularity": "layer"}, "which has one step for all rows"),
         ({"granularity": "layer", "group_size": 8}, "give a group_size"),
         ({"percentile": 0}, "percentile is 0"),
         ({"steps": ()}, "steps is"),
@@ -141,6 +143,39 @@ def test_layer_channel_and_group_steps():
     assert by_layer.weight.scale.shape == by_channel.weight.scale.shape == (24, 1)
     assert by_group.weight.scale.shape == (24, 2)
     assert by_group.error < by_channel.error < by_layer.error
+
+
+@pytest.mark.parametrize("config", [GPFQ, RoundToNearest])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_rows_that_share_a_step(config, group_size):
+    problem, _, _ = make_problem(d=64, neurons=22, rows=600)
+    with torch.no_grad():
+        problem.weight[:, :, 6:12] *= 4  # groups of rows that differ
+    steps = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    settings = {"bits": 4, "alphabet": "full", "steps": steps, "group_size": group_size}
+    by_rows = config(rows_per_scale=6, **settings).quantize_layer(problem, None)
+    by_channel = config(**settings).quantize_layer(problem, None)
+    weight = by_rows.weight
+    assert weight.scale.shape == (22, 1 if group_size is None else 2)
+    for part in (weight.scale, weight.zero):
+        for group in part.split(6):  # the last has four rows
+            assert bool((group == group[0]).all())
+    assert len(weight.scale[:, 0].unique()) > 1
+    # The shared step is one of the candidates: C times the largest weight of the group.
+    largest = problem.weight[0, : group_size or 64].abs().amax(0).split(6)[1].max()
+    assert float((weight.scale[6, 0] / (largest / 7.5) - torch.tensor(steps)).abs().min()) < 1e-5
+    layer_wise = config(bits=4, alphabet="full", steps=steps, granularity="layer").quantize_layer(problem, None)
+    assert by_channel.error < by_rows.error < layer_wise.error
+
+
+def test_rows_that_share_a_step_take_the_quantile_of_all_their_weights():
+    problem, _, _ = make_problem(d=101, neurons=5, rows=300)
+    weight = RoundToNearest(bits=4, percentile=0.9, rows_per_scale=3).quantize_layer(problem, None).weight
+    for rows in (slice(0, 3), slice(3, 5)):
+        expected = torch.quantile(problem.weight[0, :, rows].abs().flatten(), 0.9) / 7
+        assert torch.allclose(weight.scale[rows, 0], expected)
+    alone = RoundToNearest(bits=4, percentile=0.9, rows_per_scale=1).quantize_layer(problem, None).weight
+    assert alone.equals(RoundToNearest(bits=4, percentile=0.9).quantize_layer(problem, None).weight)
 
 
 def test_a_group_that_does_not_divide_the_inputs():

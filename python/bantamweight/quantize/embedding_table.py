@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import BantamweightError
 from ..weights import QuantizedWeight
-from .grid import candidate_grid, pick, weight_range
+from .grid import candidate_grid, pick, sum_over_row_groups, weight_range
 from .method import LayerwiseMethod
 
 _ROWS_AT_ONCE = 4096
@@ -43,20 +43,27 @@ def quantize_embedding(embedding: nn.Embedding, config: LayerwiseMethod) -> tupl
             "that are finite, or leave the layer in float"
         )
     group_size = config.group_size_for(weight.shape[1])
-    alphabet, factors = config.grid_alphabet, config.steps or (1.0,)
+    alphabet, factors, shared = config.grid_alphabet, config.steps or (1.0,), config.rows_per_scale
     # The rows of the table are the columns ("neurons") of a problem.
     ranges = weight_range(
-        weight.T[None], granularity=config.step_granularity, group_size=group_size, percentile=config.percentile
+        weight.T[None],
+        granularity=config.step_granularity,
+        group_size=group_size,
+        percentile=config.percentile,
+        rows_per_scale=shared,
     )
     codes, scale, zero, squared = [], [], [], 0.0
-    for begin in range(0, weight.shape[0], _ROWS_AT_ONCE):
-        part = weight[begin : begin + _ROWS_AT_ONCE].T[None].contiguous()
+    # Rows at a time, in whole groups of those that share a scale.
+    at_once = _ROWS_AT_ONCE if shared is None else -(-_ROWS_AT_ONCE // shared) * shared
+    for begin in range(0, weight.shape[0], at_once):
+        part = weight[begin : begin + at_once].T[None].contiguous()
         rows = part.shape[2]
         grid = candidate_grid(ranges[:, :, begin : begin + rows], alphabet, factors, group_size)
         wide = part.repeat(1, 1, grid.scale.shape[2] // rows)
         proposed = grid.nearest(wide)
         errors = (grid.values(proposed) - wide).square().sum(1).reshape(1, -1, rows)
-        best = errors.argmin(1)
+        alike = errors if shared is None else sum_over_row_groups(errors, shared)
+        best = alike.argmin(1)
         squared += float(errors.gather(1, best[:, None, :]).sum())
         grid, chosen = pick(grid, proposed, best)
         for found, tensor in ((codes, chosen), (scale, grid.scale), (zero, grid.zero)):

@@ -133,6 +133,7 @@ class GPFQ(LayerwiseMethod):
             granularity=self.step_granularity,
             group_size=self.group_size_for(problem.inputs),
             percentile=self.percentile,
+            rows_per_scale=self.rows_per_scale,
             corrected=self.bias_correction,
             outputs=outputs,
             refine=self.steps is None,

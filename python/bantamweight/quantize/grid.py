@@ -101,7 +101,9 @@ class Grid:
         return replace(self, scale=self.scale[:, :, part], zero=self.zero[:, :, part])
 
 
-def weight_range(weight: Tensor, *, granularity: str, group_size: int, percentile: float) -> Tensor:
+def weight_range(
+    weight: Tensor, *, granularity: str, group_size: int, percentile: float, rows_per_scale: int | None = None
+) -> Tensor:
     """The quantile r of |w| over each group of each neuron.
 
     Args:
@@ -110,10 +112,21 @@ def weight_range(weight: Tensor, *, granularity: str, group_size: int, percentil
             neurons, for all of them alike (the papers' choice).
         group_size: inputs a group.
         percentile: 0 < quantile <= 1; 1 is the largest absolute value.
+        rows_per_scale: neurons in a row that share a range, that of all their weights; None for each its own.
 
     Returns:
         [problems, groups, columns].
     """
+    if rows_per_scale is not None:
+        # A group of neurons is one neuron with all their weights.
+        ranges = []
+        for block in weight.split(rows_per_scale, dim=2):
+            parts = [part.flatten(1)[:, :, None] for part in block.split(group_size, dim=1)]
+            found = [
+                weight_range(p, granularity="channel", group_size=p.shape[1], percentile=percentile) for p in parts
+            ]
+            ranges.append(torch.cat(found, dim=1).expand(-1, -1, block.shape[2]))
+        return torch.cat(ranges, dim=2)
     parts = [part.abs() for part in weight.split(group_size, dim=1)]
     if percentile < 1:
         ranges = torch.stack([torch.quantile(part, percentile, dim=1) for part in parts], dim=1)
@@ -122,6 +135,11 @@ def weight_range(weight: Tensor, *, granularity: str, group_size: int, percentil
     if granularity == "layer":
         ranges = ranges.mean().expand_as(ranges)
     return ranges
+
+
+def sum_over_row_groups(values: Tensor, rows: int) -> Tensor:
+    """values [..., neurons], each replaced by the sum over its group of `rows` neurons in a row."""
+    return torch.cat([group.sum(-1, keepdim=True).expand_as(group) for group in values.split(rows, dim=-1)], dim=-1)
 
 
 def candidate_grid(ranges: Tensor, chosen: Alphabet, factors: Sequence[float] | Tensor, group_size: int) -> Grid:

@@ -46,6 +46,9 @@ class LayerwiseMethod:
         group_size: inputs that share a step; None for all of a neuron's.
         granularity: ``"layer"``, ``"channel"`` or ``"group"``: what has a step of its own. None: group if
             `group_size` is set, else channel.
+        rows_per_scale: neurons (output channels) in a row that share their steps and zeros, as in Q-BERT (Shen et al.
+            2020, arXiv:1909.05840: 128 groups of 6 rows in a 768 x 768 matrix); None for each its own. The last group
+            may have fewer; a grouped convolution starts anew at each of its groups.
         percentile: the quantile of |w| that C = 1 reaches.
         steps: the candidates C of the step ``C * quantile / half the levels``; None for the method's own.
         bias_correction: add mean(X W - X~ Q) to the bias.
@@ -62,6 +65,7 @@ class LayerwiseMethod:
     alphabet: str | None = None
     group_size: int | None = None
     granularity: str | None = None
+    rows_per_scale: int | None = None
     percentile: float = 1.0
     steps: tuple[float, ...] | None = None
     bias_correction: bool = True
@@ -88,6 +92,15 @@ class LayerwiseMethod:
             raise BantamweightError(
                 f"granularity is {self.granularity!r} with group_size {self.group_size!r}; give a group_size for "
                 "granularity 'group' and only for it"
+            )
+        if self.rows_per_scale is not None and (not isinstance(self.rows_per_scale, int) or self.rows_per_scale < 1):
+            raise BantamweightError(
+                f"rows_per_scale is {self.rows_per_scale!r}, but must be a whole number of rows from 1, or None"
+            )
+        if self.rows_per_scale is not None and self.granularity == "layer":
+            raise BantamweightError(
+                f"rows_per_scale is {self.rows_per_scale} with granularity 'layer', which has one step for all rows; "
+                "leave one of them out"
             )
         if not 0 < self.percentile <= 1:
             raise BantamweightError(f"percentile is {self.percentile!r}, but must be above 0 and at most 1")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grid import Alphabet, Grid, candidate_grid, pick, weight_range
+from .grid import Alphabet, Grid, candidate_grid, pick, sum_over_row_groups, weight_range
 from .layer_problem import LayerProblem
 
 # Solves for the codes [problems, d, columns] of every column of a grid.
@@ -37,6 +37,7 @@ def search_step(
     granularity: str,
     group_size: int,
     percentile: float,
+    rows_per_scale: int | None = None,
     corrected: bool,
     outputs: Tensor,
     refine: bool = True,
@@ -49,12 +50,27 @@ def search_step(
     Args:
         factors: the values of C, ascending.
         granularity: ``"layer"`` chooses one C for all neurons.
+        rows_per_scale: neurons in a row that choose one C; None for each its own.
         refine: whether the factors in between are tried.
         outputs: `LayerProblem.held_out_outputs`.
     """
-    ranges = weight_range(problem.weight, granularity=granularity, group_size=group_size, percentile=percentile)
+    ranges = weight_range(
+        problem.weight,
+        granularity=granularity,
+        group_size=group_size,
+        percentile=percentile,
+        rows_per_scale=rows_per_scale,
+    )
 
-    whole = granularity == "layer"
+    def of_choice(errors: Tensor) -> Tensor:
+        """Errors [..., problems, candidates, neurons], each summed over the neurons that choose with it."""
+        if granularity == "layer":
+            return errors.sum((0, 2), keepdim=True).expand_as(errors)
+        return errors if rows_per_scale is None else sum_over_row_groups(errors, rows_per_scale)
+
+    def better(first: Solution, second: Solution) -> Tensor:
+        """Which neurons [problems, neurons] the second solution serves better."""
+        return (of_choice(second.errors[:, None]) < of_choice(first.errors[:, None]))[:, 0]
 
     def solve_all(candidates: Tensor) -> tuple[Solution, Tensor]:
         """The best solution among `candidates` [count, problems, 1, neurons], and which of them it is."""
@@ -62,8 +78,7 @@ def search_step(
         codes = solve(grid)
         errors = problem.squared_errors(grid, codes, outputs, corrected=corrected)
         errors = errors.reshape(errors.shape[0], -1, problem.neurons)  # [problems, candidates x zeros, neurons]
-        ranked = errors.sum((0, 2), keepdim=True).expand_as(errors) if whole else errors
-        best = ranked.argmin(1)
+        best = of_choice(errors).argmin(1)
         grid, codes = pick(grid, codes, best)
         least = errors.gather(1, best[:, None, :])[:, 0]
         return Solution(grid=grid, codes=codes, errors=least), best % len(candidates)
@@ -78,10 +93,9 @@ def search_step(
             if best is None:
                 best, which = found, index
                 continue
-            better = found.errors < best.errors
-            better = torch.full_like(better, found.error < best.error) if whole else better
-            which = torch.where(better, index + at, which)
-            best = better_columns(best, found, whole=whole)
+            take = better(best, found)
+            which = torch.where(take, index + at, which)
+            best = choose_columns(best, found, take)
         assert best is not None
         return best, which
 
@@ -95,14 +109,11 @@ def search_step(
     below = (centre + table[(best - 1).clamp_min(0)]) / 2
     above = (centre + table[(best + 1).clamp_max(len(factors) - 1)]) / 2
     between, _ = best_of(torch.stack([below, above])[:, :, None, :])
-    return better_columns(solution, between, whole=whole)
+    return choose_columns(solution, between, better(solution, between))
 
 
-def better_columns(first: Solution, second: Solution, *, whole: bool) -> Solution:
-    """Of each neuron (or of the layer, if `whole`) the solution with the smaller held-out error."""
-    if whole:
-        return first if first.error <= second.error else second
-    take = second.errors < first.errors
+def choose_columns(first: Solution, second: Solution, take: Tensor) -> Solution:
+    """The second solution for the neurons in `take` [problems, neurons], the first for the others."""
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(take[:, None, :], b, a)
