@@ -322,6 +322,7 @@ void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes,
   task.rows += first_row;
   task.row_scale += first_row;
   task.row_sums += first_row * task.groups;
+  if (task.group_scale != nullptr) task.group_scale += first_row * task.groups;
   task.row_count -= first_row;
   task.stream_outputs = false;
   task.y += first_row * task.ldy;

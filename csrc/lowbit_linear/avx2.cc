@@ -235,6 +235,7 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
     rest.rows += done;
     rest.row_scale += done;
     rest.row_sums += done * first.groups;
+    if (first.group_scale != nullptr) rest.group_scale += done * first.groups;
     rest.row_count -= done;
     rest.y += done * first.ldy;
     if (rest.row_count == 0) return;

@@ -24,20 +24,32 @@ struct LinearHeader {
   int32_t isa;
   int32_t bits;
   int64_t n, k, group_size;
-  uint8_t unused[24];
+  int32_t activations;
+  uint8_t unused[20];
 };
 static_assert(sizeof(LinearHeader) == 64, "the packed view behind it stays aligned");
+
+LinearShape shape_of(const LinearHeader& header) {
+  return {header.n, header.k, header.bits, header.group_size, static_cast<Activations>(header.activations)};
+}
 
 bool valid(const LinearShape& s) {
   const bool bits = s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8;
   // Sizes whose bytes would not fit an int64 are refused before any multiplication.
   const bool sizes = s.n >= 0 && s.k >= 0 && s.n < (int64_t{1} << 31) && s.k < (int64_t{1} << 31);
   const bool group = s.k == 0 || (s.group_size > 0 && (s.group_size <= kMaxGroupK || s.group_size >= s.k));
-  return bits && sizes && group;
+  const bool mode = s.activations == Activations::int8 || s.activations == Activations::int8_block ||
+                    s.activations == Activations::int16;
+  const bool blocks = s.activations != Activations::int8_block || s.group_size >= s.k ||
+                      s.group_size % kActivationBlock == 0 || kActivationBlock % s.group_size == 0;
+  return bits && sizes && group && mode && (s.k == 0 || blocks);
 }
 
-// Groups of at most kMaxGroupK columns, in which the int32 sums are exact.
-int64_t summed_group_size(const LinearShape& s) { return std::min(s.group_size, kMaxGroupK); }
+// Groups of at most kMaxGroupK columns, in which the int32 sums are exact, and of one activation
+// scale each.
+int64_t summed_group_size(const LinearShape& s) {
+  return std::min(s.group_size, s.activations == Activations::int8_block ? kActivationBlock : kMaxGroupK);
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return b == 0 ? 0 : (a + b - 1) / b; }
 
@@ -74,7 +86,7 @@ Status read(const void* layout, int64_t bytes, LinearHeader* header, PackedView*
   const Status status = packed_view_read(*kernel, static_cast<const uint8_t*>(layout) + sizeof *header,
                                          bytes - static_cast<int64_t>(sizeof *header), view);
   if (status != Status::ok) return status;
-  return fits({header->n, header->k, header->bits, header->group_size}, *view) ? Status::ok : Status::wrong_layout;
+  return fits(shape_of(*header), *view) ? Status::ok : Status::wrong_layout;
 }
 
 }  // namespace
@@ -82,7 +94,7 @@ Status read(const void* layout, int64_t bytes, LinearHeader* header, PackedView*
 Status linear_read(const void* layout, int64_t layout_bytes, LinearShape* shape, PackedView* view) {
   LinearHeader header;
   const Status status = read(layout, layout_bytes, &header, view);
-  if (status == Status::ok) *shape = {header.n, header.k, header.bits, header.group_size};
+  if (status == Status::ok) *shape = shape_of(header);
   return status;
 }
 
@@ -113,10 +125,13 @@ Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, cons
   const int64_t groups = ceil_div(shape.k, shape.group_size);
 
   std::vector<float> wide_scale, wide_zero;
-  if (groups != summed_groups) {  // one group cut into several: each part carries the scale
+  if (groups != summed_groups) {  // groups cut into several: each part carries the scale
     for (int64_t n = 0; n < shape.n; ++n) {
-      wide_scale.insert(wide_scale.end(), static_cast<size_t>(summed_groups), scale[n]);
-      wide_zero.insert(wide_zero.end(), static_cast<size_t>(summed_groups), zero[n]);
+      for (const KPiece& piece : pieces) {
+        const auto from = static_cast<size_t>(n * groups + piece.k_begin / shape.group_size);
+        wide_scale.push_back(scale[from]);
+        wide_zero.push_back(zero[from]);
+      }
     }
     scale = wide_scale.data();
     zero = wide_zero.data();
@@ -128,6 +143,7 @@ Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, cons
   header.n = shape.n;
   header.k = shape.k;
   header.group_size = shape.group_size;
+  header.activations = static_cast<int32_t>(shape.activations);
   std::memcpy(layout, &header, sizeof header);
   packed_view_write(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.bits, shape.n, summed_groups,
                     pieces.data(), summed_groups, codes, shape.k, scale, zero,
@@ -142,7 +158,7 @@ Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* sh
   PackedView view;
   const Status status = read(layout, layout_bytes, &header, &view);
   if (status != Status::ok) return status;
-  *shape = {header.n, header.k, header.bits, header.group_size};
+  *shape = shape_of(header);
   *isa = static_cast<Isa>(header.isa);
   return Status::ok;
 }
@@ -159,9 +175,13 @@ Status linear_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, f
   }
   std::vector<float> wide_scale(static_cast<size_t>(view.n * view.groups)), wide_zero(wide_scale.size());
   packed_view_unpack(view, header.k, codes, wide_scale.data(), wide_zero.data());
+  const int64_t size = view.pieces[0].k_size;
   for (int64_t n = 0; n < view.n; ++n) {
-    scale[n] = wide_scale[static_cast<size_t>(n * view.groups)];
-    zero[n] = wide_zero[static_cast<size_t>(n * view.groups)];
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto from = static_cast<size_t>(n * view.groups + g * (header.group_size / size));
+      scale[n * groups + g] = wide_scale[from];
+      zero[n * groups + g] = wide_zero[from];
+    }
   }
   return Status::ok;
 } catch (const std::bad_alloc&) {

@@ -27,6 +27,8 @@ static inline void finish_group(const TileTask& task, int64_t group, int64_t fir
   const bool first = group == 0, last = group == task.groups - 1;
   for (int64_t r = 0; r < row_count; ++r, sums += kBlock, partial += kBlock) {
     const int32_t row_sum = task.row_sums[(first_row + r) * task.groups + group];
+    const float group_scale =
+        task.group_scale == nullptr ? 1.0f : task.group_scale[(first_row + r) * task.groups + group];
     __m256i s[kVectors];
     for (int j = 0; j < kVectors; ++j) s[j] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + 8 * j));
     if constexpr (kBits == 2) {
@@ -40,10 +42,11 @@ static inline void finish_group(const TileTask& task, int64_t group, int64_t fir
         s[j] = _mm256_sub_epi32(s[j], _mm256_set1_epi32(task.uniform_zero * row_sum * factor));
       }
       __m256 out = first ? _mm256_setzero_ps() : _mm256_loadu_ps(partial + 8 * j);
-      out = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[j]), _mm256_loadu_ps(scale + 8 * j), out);
+      const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(s[j]), _mm256_set1_ps(group_scale));
+      out = _mm256_fmadd_ps(sum, _mm256_loadu_ps(scale + 8 * j), out);
       if (task.zero_scale != nullptr) {
         const __m256 zero_scale = _mm256_loadu_ps(task.zero_scale + group * kBlock + 8 * j);
-        out = _mm256_fnmadd_ps(zero_scale, _mm256_set1_ps(static_cast<float>(row_sum)), out);
+        out = _mm256_fnmadd_ps(zero_scale, _mm256_set1_ps(static_cast<float>(row_sum) * group_scale), out);
       }
       if (!last) {
         _mm256_storeu_ps(partial + 8 * j, out);

@@ -49,12 +49,19 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
       for (int j = 0; j < kTiles; ++j) s[j] = _mm512_sub_epi32(s[j], _mm512_slli_epi32(zero, nested_shift<kBits>(j)));
     }
     __m512 out[kTiles];
+    float row_sum = static_cast<float>(*row_sums);
+    for (int j = 0; j < kTiles; ++j) out[j] = _mm512_cvtepi32_ps(s[j]);
+    if (task.group_scale != nullptr) {  // one well predicted branch, where a product by one would cost a cycle or two
+      const float group_scale = task.group_scale[(first_row + r) * task.groups + group];
+      row_sum *= group_scale;
+      for (int j = 0; j < kTiles; ++j) out[j] = _mm512_mul_ps(out[j], _mm512_set1_ps(group_scale));
+    }
     for (int j = 0; j < kTiles; ++j) {
-      out[j] = kFirst ? _mm512_setzero_ps() : _mm512_load_ps(partial + 16 * j);
-      out[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[j]), _mm512_load_ps(scale + 16 * j), out[j]);
+      const __m512 before = kFirst ? _mm512_setzero_ps() : _mm512_load_ps(partial + 16 * j);
+      out[j] = _mm512_fmadd_ps(out[j], _mm512_load_ps(scale + 16 * j), before);
       if constexpr (!kUniformZero) {
-        out[j] = _mm512_fnmadd_ps(_mm512_load_ps(task.zero_scale + group * 64 + 16 * j),
-                                  _mm512_set1_ps(static_cast<float>(*row_sums)), out[j]);
+        out[j] =
+            _mm512_fnmadd_ps(_mm512_load_ps(task.zero_scale + group * 64 + 16 * j), _mm512_set1_ps(row_sum), out[j]);
       }
     }
     if constexpr (kLast) {

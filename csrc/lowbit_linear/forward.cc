@@ -7,7 +7,8 @@
 namespace bantamweight {
 namespace {
 
-int64_t summed_group_size(const LinearShape& shape) { return std::min(shape.group_size, kMaxGroupK); }
+// Columns that the kernel sums up before it scales.
+int64_t summed_group_size(const PackedView& view) { return view.groups == 0 ? 1 : view.pieces[0].k_size; }
 
 // True if sums over groups of `a` are sums over groups of `b`.
 bool same_groups(int64_t a, int64_t b, int64_t k) { return std::min(a, k) == std::min(b, k); }
@@ -15,20 +16,26 @@ bool same_groups(int64_t a, int64_t b, int64_t k) { return std::min(a, k) == std
 // Checks every weight against the first and the arguments; the widest number of groups and all of n.
 Status check(const LinearWeight* weights, int64_t count, const LinearArgs& args, int64_t* groups, int64_t* n) {
   int64_t k = 0;
+  Activations mode = Activations::int8;
   *groups = *n = 0;
   for (int64_t i = 0; i < count; ++i) {
     LinearShape shape;
     PackedView view;
     const Status status = linear_read(weights[i].layout, weights[i].layout_bytes, &shape, &view);
     if (status != Status::ok) return status;
-    if (i == 0) k = shape.k;
+    if (i == 0) {
+      k = shape.k;
+      mode = shape.activations;
+    }
     if (shape.k != k) return Status::invalid_argument;
+    if (shape.activations != mode) return Status::unsupported;
     *n += shape.n;
     *groups = std::max(*groups, view.groups);
   }
   if (args.m < 0 || args.ldy < *n || (args.x != nullptr && args.ldx < k)) return Status::invalid_argument;
   if (args.epilogue.residual != nullptr && args.epilogue.ldr < *n) return Status::invalid_argument;
   if (args.x == nullptr && args.rows.q == nullptr && args.m > 0 && k > 0) return Status::invalid_argument;
+  if (args.x == nullptr && args.rows.q != nullptr && mode != Activations::int8) return Status::unsupported;
   return Status::ok;
 }
 
@@ -47,51 +54,69 @@ Status linears_forward(const LinearWeight* weights, int64_t count, const LinearA
 
   const int64_t m = args.m;
   const bool rounded = args.x == nullptr && args.rows.q != nullptr;
+  int64_t row_count = 0;
   uint8_t* memory = nullptr;
   const int8_t** rows = nullptr;
   int32_t* sums = nullptr;
+  float* group_scale = nullptr;
+  QuantizeRowsArgs round;
   QuantizedRows from = args.rows;
   int64_t first_column = 0;
   for (int64_t i = 0; i < count; ++i) {
     LinearShape shape;
     PackedView view;
     linear_read(weights[i].layout, weights[i].layout_bytes, &shape, &view);
-    const int64_t k = shape.k, group_size = summed_group_size(shape);
+    const Activations mode = shape.activations;
+    const bool blocks = mode == Activations::int8_block;
+    const int64_t k = shape.k, group_size = summed_group_size(view);
     if (i == 0) {
       const int64_t row_bytes = padded_row_bytes(k);
+      row_count = m * rows_per_row(mode);
       ScratchPlan plan;
-      const int64_t rows_at = plan.add<const int8_t*>(m);
-      const int64_t sums_at = plan.add<int32_t>(m * max_groups);
-      const int64_t scale_at = plan.add<float>(rounded ? 0 : m);
-      const int64_t q_at = plan.add<int8_t>(rounded ? 0 : m * row_bytes + kRowAlign);
+      const int64_t rows_at = plan.add<const int8_t*>(row_count);
+      const int64_t sums_at = plan.add<int32_t>(row_count * max_groups);
+      const int64_t scale_at = plan.add<float>(rounded ? 0 : row_count);
+      const int64_t group_scale_at = plan.add<float>(blocks ? row_count * max_groups : 0);
+      const int64_t q_at = plan.add<int8_t>(rounded ? 0 : row_count * row_bytes + kRowAlign);
       thread_local Scratch scratch;
       memory = scratch.get(plan.bytes());
       if (memory == nullptr) return Status::out_of_memory;
       rows = reinterpret_cast<const int8_t**>(memory + rows_at);
       sums = reinterpret_cast<int32_t*>(memory + sums_at);
       if (!rounded) {
-        QuantizeRowsArgs round;
+        auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
+        if (blocks) {
+          group_scale = reinterpret_cast<float*>(memory + group_scale_at);
+          std::fill(row_scale, row_scale + row_count, 1.0f);
+        }
         round.x = args.x;
         round.ldx = args.ldx;
         round.m = m;
         round.k = k;
-        round.group_size = from.group_size = group_size;
+        round.mode = mode;
         from.q = round.q = reinterpret_cast<int8_t*>(memory + q_at);
-        from.scale = round.scale = reinterpret_cast<float*>(memory + scale_at);
+        from.scale = row_scale;
+        round.scale = blocks ? group_scale : row_scale;
         from.sums = round.sums = sums;
-        const Status finite = quantize_rows(round, view.kernel->isa);
-        if (finite != Status::ok) return finite;
       }
-      for (int64_t r = 0; r < m; ++r) rows[r] = from.q + r * row_bytes;
+      for (int64_t r = 0; r < row_count; ++r) rows[r] = from.q + r * row_bytes;
     }
-    if (!same_groups(from.group_size, group_size, k)) {
-      sum_rows(from.q, m, k, group_size, sums);
+    const bool same = (i > 0 || rounded) && same_groups(from.group_size, group_size, k);
+    if (!rounded && (i == 0 || (blocks && !same))) {  // blocks are rounded by themselves: others, other codes
+      round.group_size = group_size;
+      const Status finite = quantize_rows(round, view.kernel->isa);
+      if (finite != Status::ok) return finite;
+    } else if (!same) {
+      sum_rows(from.q, row_count, k, group_size, sums);
       from.sums = sums;
-      from.group_size = group_size;
     }
+    from.group_size = group_size;
     Epilogue epilogue = args.epilogue;
     if (epilogue.residual != nullptr) epilogue.residual += first_column;
-    packed_view_run(view, rows, from.scale, from.sums, m, weights[i].bias, args.y + first_column, args.ldy, epilogue);
+    const Status ran =
+        packed_view_run(view, rows, from.scale, from.sums, row_count, weights[i].bias, args.y + first_column, args.ldy,
+                        epilogue, group_scale, mode == Activations::int16);
+    if (ran != Status::ok) return ran;
     first_column += shape.n;
   }
   return Status::ok;

@@ -31,7 +31,12 @@ struct LinearShape {
   int64_t k = 0;           // inputs, >= 0
   int bits = 0;            // 2, 3, 4 or 8 bits a code in memory (ternary is 2)
   int64_t group_size = 0;  // k per scale; groups = ceil(k / group_size); k for one scale a channel
+  // How inputs are rounded. int8_block: for every kActivationBlock columns, or every group of fewer,
+  // on their own; group_size divides kActivationBlock, is a multiple of it, or covers the row.
+  Activations activations = Activations::int8;
 };
+
+constexpr int64_t kActivationBlock = 128;
 
 // Bytes of the packed buffer for `isa`, or -1 if the shape is invalid or the op has no such variant.
 int64_t linear_layout_bytes(const LinearShape& shape, Isa isa);
@@ -66,8 +71,9 @@ struct LinearArgs {
   int64_t ldy = 0;
 };
 
-// y = activation(x W^T + bias) + residual, with x rounded to int8 on the way in. Threads: OpenMP's
-// current setting.
+// y = activation(x W^T + bias) + residual, with x rounded on the way in as the layout's shape says.
+// Threads: OpenMP's current setting. Status::unsupported for rows that were rounded before where the
+// shape's activations are not int8.
 Status linear_forward(const void* layout, int64_t layout_bytes, const LinearArgs& args);
 
 struct LinearWeight {
@@ -139,6 +145,9 @@ struct TileTask {
   const int8_t* const* rows;  // [row_count]; readable 64 bytes past the last piece
   const float* row_scale;     // [row_count]
   const int32_t* row_sums;    // [row_count][groups] sums of the activations of each group
+  // [row_count][groups] or null: a scale of the activations of each group, which multiplies the
+  // group's sums before the weight's scale does; row_scale multiplies the whole as ever.
+  const float* group_scale = nullptr;
   int64_t row_count;
   const float* bias;  // [block_n_valid] or null
   float* y;           // out: row r at y + r * ldy
@@ -219,14 +228,17 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
 Status linear_read(const void* layout, int64_t layout_bytes, LinearShape* shape, PackedView* view);
 
 // Every row against every channel, in chunks shared out over OpenMP's threads; the epilogue follows
-// each chunk while its outputs are in the cache.
-void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
-                     int64_t row_count, const float* bias, float* y, int64_t ldy, const Epilogue& epilogue = {});
+// each chunk while its outputs are in the cache. Only `halves` needs memory that may be lacking.
+//   group_scale  [row_count, groups] or null, as in TileTask
+//   halves       rows 2 i and 2 i + 1 are the halves of row i of y (Activations::int16)
+Status packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                       const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
+                       const Epilogue& epilogue = {}, const float* group_scale = nullptr, bool halves = false);
 
 // The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias and y
 // are those of channel 0.
 void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                             const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                            int64_t block_begin, int64_t block_end);
+                            int64_t block_begin, int64_t block_end, const float* group_scale = nullptr);
 
 }  // namespace bantamweight

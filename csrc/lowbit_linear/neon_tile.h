@@ -147,8 +147,10 @@ BANTAMWEIGHT_INLINE void unnest(int32x4_t (&dot)[4]) {
 
 // One group of one row into its float sums, in the order of reference.cc.
 template <class Variant, int kBits>
-BANTAMWEIGHT_INLINE void add_group(const TileTask& task, int64_t group, int32_t row_sum, int32x4_t (&dot)[4],
+BANTAMWEIGHT_INLINE void add_group(const TileTask& task, int64_t group, int64_t row, int32x4_t (&dot)[4],
                                    float32x4_t (&sum)[4]) {
+  const int32_t row_sum = task.row_sums[row * task.groups + group];
+  const float group_scale = task.group_scale == nullptr ? 1.0f : task.group_scale[row * task.groups + group];
   unnest<kBits>(dot);
   const float* scale = task.scale + group * kBlockN;
   for (int j = 0; j < 4; ++j) {
@@ -156,10 +158,11 @@ BANTAMWEIGHT_INLINE void add_group(const TileTask& task, int64_t group, int32_t 
     if (Variant::kSigned && kBits != 3 && j % nests_of(kBits) == nests_of(kBits) - 1) add += 128 * row_sum;
     if (task.zero_scale == nullptr) add -= task.uniform_zero * factor_of(kBits, 4 * j) * row_sum;
     const int32x4_t whole = vaddq_s32(dot[j], vdupq_n_s32(add));
-    sum[j] = vfmaq_f32(sum[j], vcvtq_f32_s32(whole), vld1q_f32(scale + 4 * j));
+    const float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(whole), vdupq_n_f32(group_scale));
+    sum[j] = vfmaq_f32(sum[j], scaled, vld1q_f32(scale + 4 * j));
     if (task.zero_scale != nullptr) {
       const float32x4_t zero_scale = vld1q_f32(task.zero_scale + group * kBlockN + 4 * j);
-      sum[j] = vfmsq_f32(sum[j], zero_scale, vdupq_n_f32(static_cast<float>(row_sum)));
+      sum[j] = vfmsq_f32(sum[j], zero_scale, vdupq_n_f32(static_cast<float>(row_sum) * group_scale));
     }
   }
 }
@@ -186,7 +189,7 @@ __attribute__((noinline)) void tile(const TileTask& task, int64_t first, const f
     for (int r = 0; r < kRows; ++r) {
       int32x4_t dot[4];
       sums.of_row(r, dot);
-      add_group<Variant, kBits>(task, g, task.row_sums[(first + r) * task.groups + g], dot, sum[r]);
+      add_group<Variant, kBits>(task, g, first + r, dot, sum[r]);
     }
   }
   for (int r = 0; r < kRows; ++r) {

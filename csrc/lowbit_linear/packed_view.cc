@@ -1,5 +1,6 @@
 // The flat form of a packed weight: header, pieces, blocks of codes, scales, zeros.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -92,6 +93,19 @@ Expanded make_room(const PackedView& view, int64_t blocks) {
   room.count = std::clamp<int64_t>(kBytes / std::max<int64_t>(1, room.block_bytes), 1, blocks);
   room.blocks = scratch.get(room.count * room.block_bytes);
   return room;
+}
+
+// y[r] = half[2 r] + half[2 r + 1] + bias; the compiler makes vectors of it.
+void add_halves(const float* half, int64_t ldh, int64_t row_count, int64_t n, const float* bias, float* y,
+                int64_t ldy) {
+  for (int64_t r = 0; r < row_count; ++r, half += 2 * ldh, y += ldy) {
+    const float *high = half, *low = half + ldh;
+    if (bias == nullptr) {
+      for (int64_t i = 0; i < n; ++i) y[i] = high[i] + low[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) y[i] = (high[i] + low[i]) + bias[i];
+    }
+  }
 }
 
 }  // namespace
@@ -192,12 +206,14 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
   }
 }
 
-void packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
-                     int64_t row_count, const float* bias, float* y, int64_t ldy, const Epilogue& epilogue) {
+Status packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                       const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
+                       const Epilogue& epilogue, const float* group_scale, bool halves) {
   // A chunk is some rows, whose activations stay in L2, against some blocks, whose codes stay there
   // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
   // two, so that one which was preempted holds the others up little.
-  constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10, kOutputBytes = 512 << 10;
+  constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10, kOutputBytes = 512 << 10,
+                    kHalvesBytes = 1 << 20;
   constexpr int64_t kMinMacs = 1 << 17, kMaxMacs = 1 << 28;
   // Below this, about 2 us of work, waking a second thread costs as much as it saves.
   constexpr int64_t kMinParallelMacs = 1 << 19;
@@ -220,30 +236,52 @@ void packed_view_run(const PackedView& view, const int8_t* const* rows, const fl
   const int64_t threads = total < kMinParallelMacs ? 1 : available_threads();
   const int64_t share = total / (2 * threads);
   const int64_t macs = threads == 1 ? kMaxMacs : std::clamp(share, kMinMacs, kMaxMacs);
-  const int64_t blocks_fit = kWeightBytes / std::max<int64_t>(1, view.block_bytes);
+  int64_t blocks_fit = kWeightBytes / std::max<int64_t>(1, view.block_bytes);
+  if (halves) {  // which are added up while they are in L2
+    const int64_t block_outputs = 4 * block_n * std::max<int64_t>(1, std::min(row_count, rows_fit));
+    blocks_fit = std::min(blocks_fit, std::max<int64_t>(1, kHalvesBytes / block_outputs));
+  }
   const int64_t least = std::min(blocks_at_once, (blocks * row_chunks + threads - 1) / threads);
   const int64_t blocks_per_chunk = std::max<int64_t>({1, least, std::min(macs / macs_per_block, blocks_fit)});
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
   const int64_t chunks = row_chunks * block_chunks;
+  std::atomic<bool> lacks_memory{false};
   const auto run_chunk = [&](int64_t c) {
     const int64_t row_begin = c / block_chunks * rows_fit, block_begin = c % block_chunks * blocks_per_chunk;
     const int64_t block_end = std::min(blocks, block_begin + blocks_per_chunk);
     const int64_t rows_here = std::min(rows_fit, row_count - row_begin);
-    packed_view_run_blocks(view, rows + row_begin, row_scale + row_begin, row_sums + row_begin * view.groups, rows_here,
-                           bias, y + row_begin * ldy, ldy, block_begin, block_end);
+    const int64_t first = block_begin * block_n, width = std::min(view.n, block_end * block_n) - first;
+    const auto run = [&](const float* from_bias, float* to, int64_t ldto) {
+      packed_view_run_blocks(view, rows + row_begin, row_scale + row_begin, row_sums + row_begin * view.groups,
+                             rows_here, from_bias, to, ldto, block_begin, block_end,
+                             group_scale == nullptr ? nullptr : group_scale + row_begin * view.groups);
+    };
+    const int64_t y_row = halves ? row_begin / 2 : row_begin, y_rows = halves ? rows_here / 2 : rows_here;
+    if (halves) {
+      thread_local Scratch scratch;
+      const int64_t ldh = (width + 15) / 16 * 16;
+      auto* half = reinterpret_cast<float*>(scratch.get(rows_here * ldh * static_cast<int64_t>(sizeof(float))));
+      if (half == nullptr) {
+        lacks_memory.store(true);
+        return;
+      }
+      run(nullptr, half - first, ldh);
+      add_halves(half, ldh, y_rows, width, bias == nullptr ? nullptr : bias + first, y + y_row * ldy + first, ldy);
+    } else {
+      run(bias, y + y_row * ldy, ldy);
+    }
     if (epilogue_of_chunk == nullptr) return;
-    const int64_t first = block_begin * block_n;
-    EpilogueArgs args = {y + row_begin * ldy + first, ldy, rows_here, std::min(view.n, block_end * block_n) - first,
-                         epilogue};
-    if (epilogue.residual != nullptr) args.epilogue.residual += row_begin * epilogue.ldr + first;
+    EpilogueArgs args = {y + y_row * ldy + first, ldy, y_rows, width, epilogue};
+    if (epilogue.residual != nullptr) args.epilogue.residual += y_row * epilogue.ldr + first;
     epilogue_of_chunk->run(args);
   };
   for_each_shared(chunks, threads > 1, run_chunk);
+  return lacks_memory.load() ? Status::out_of_memory : Status::ok;
 }
 
 void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                             const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                            int64_t block_begin, int64_t block_end) {
+                            int64_t block_begin, int64_t block_end, const float* group_scale) {
   const int64_t block_n = view.kernel->block_n;
   TileTask task;
   task.uniform_zero = view.uniform_zero;
@@ -253,6 +291,7 @@ void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, c
   task.rows = rows;
   task.row_scale = row_scale;
   task.row_sums = row_sums;
+  task.group_scale = group_scale;
   task.row_count = row_count;
   task.ldy = ldy;
   const LinearKernel& kernel = *view.kernel;

@@ -42,9 +42,11 @@ void run(int, const TileTask& task) {
         for (int64_t i = 0; i < task.pieces[p].k_size; ++i) dot += static_cast<int32_t>(*code++) * a[i];
       }
       const int32_t row_sum = task.row_sums[r * task.groups + g];
+      const float group_scale = task.group_scale == nullptr ? 1.0f : task.group_scale[r * task.groups + g];
       if (task.zero_scale == nullptr) dot -= task.uniform_zero * row_sum;
-      sum = std::fma(static_cast<float>(dot), task.scale[g], sum);
-      if (task.zero_scale != nullptr) sum = std::fma(-task.zero_scale[g], static_cast<float>(row_sum), sum);
+      sum = std::fma(static_cast<float>(dot) * group_scale, task.scale[g], sum);
+      if (task.zero_scale != nullptr)
+        sum = std::fma(-task.zero_scale[g], static_cast<float>(row_sum) * group_scale, sum);
     }
     task.y[r * task.ldy] = std::fma(sum, task.row_scale[r], task.bias == nullptr ? 0.0f : task.bias[0]);
   }

@@ -152,11 +152,12 @@ void widen(TableRun<kVectors>& run, const TileTask& task, int64_t group, int64_t
            bool first, bool last) {
   constexpr int64_t kRows = TableRun<kVectors>::kRows;
   alignas(32) int32_t correction[kRows] = {};  // what the sums of (code - 1) a lack of those of (code - zero) a
-  alignas(32) float row_sums[kRows] = {};
+  alignas(32) float row_sums[kRows] = {}, group_scale[kRows] = {};
   for (int64_t r = 0; last && r < row_count; ++r) {
     const int32_t row_sum = task.row_sums[(first_row + r) * task.groups + group];
     correction[r] = row_sum * (task.zero_scale == nullptr ? 1 - task.uniform_zero : 1);
-    row_sums[r] = static_cast<float>(row_sum);
+    group_scale[r] = task.group_scale == nullptr ? 1.0f : task.group_scale[(first_row + r) * task.groups + group];
+    row_sums[r] = static_cast<float>(row_sum) * group_scale[r];
   }
   for (int64_t channel = 0; channel < run.channels; ++channel) {
     const int64_t at = (channel / 16 * task.groups + group) * 16 + channel % 16;
@@ -171,7 +172,8 @@ void widen(TableRun<kVectors>& run, const TileTask& task, int64_t group, int64_t
       }
       s = _mm256_add_epi32(s, _mm256_load_si256(reinterpret_cast<const __m256i*>(correction + r)));
       __m256 out = group == 0 ? _mm256_setzero_ps() : _mm256_load_ps(&run.out[channel][r]);
-      out = _mm256_fmadd_ps(_mm256_cvtepi32_ps(s), _mm256_set1_ps(task.scale[at]), out);
+      const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(s), _mm256_load_ps(group_scale + r));
+      out = _mm256_fmadd_ps(scaled, _mm256_set1_ps(task.scale[at]), out);
       if (task.zero_scale != nullptr) {
         out = _mm256_fnmadd_ps(_mm256_set1_ps(task.zero_scale[at]), _mm256_load_ps(row_sums + r), out);
       }

@@ -13,12 +13,13 @@ namespace py = pybind11;
 
 namespace {
 
-bw::LinearShape shape_of(int64_t n, int64_t k, int bits, int64_t group_size) {
+bw::LinearShape shape_of(int64_t n, int64_t k, int bits, int64_t group_size, int activations) {
   bw::LinearShape shape;
   shape.n = n;
   shape.k = k;
   shape.bits = bits;
   shape.group_size = group_size;
+  shape.activations = static_cast<bw::Activations>(activations);
   return shape;
 }
 
@@ -128,18 +129,25 @@ void bind_linear(py::module_& module) {
   module.def(
       "linear_select", [](const char* ceiling) { return bw::isa_name(bw::linear_select(isa_or_raise(ceiling))); },
       py::arg("ceiling") = "");
-  module.def("linear_layout_bytes", [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa) {
-    return bw::linear_layout_bytes(shape_of(n, k, bits, group_size), isa_or_raise(isa));
-  });
+  // activations: 0 int8, 1 int8_block, 2 int16
   module.def(
-      "linear_pack", [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, std::uintptr_t codes,
-                        std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t layout, int64_t layout_bytes) {
+      "linear_layout_bytes",
+      [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, int activations) {
+        return bw::linear_layout_bytes(shape_of(n, k, bits, group_size, activations), isa_or_raise(isa));
+      },
+      py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("isa"), py::arg("activations") = 0);
+  module.def(
+      "linear_pack",
+      [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, std::uintptr_t codes,
+         std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t layout, int64_t layout_bytes, int activations) {
         const bw::Isa target = isa_or_raise(isa);
         py::gil_scoped_release unlocked;
-        return static_cast<int>(bw::linear_pack(shape_of(n, k, bits, group_size), target, as_pointer<uint8_t>(codes),
-                                                as_pointer<float>(scale), as_pointer<float>(zero),
-                                                as_pointer<void>(layout), layout_bytes));
-      });
+        return static_cast<int>(bw::linear_pack(shape_of(n, k, bits, group_size, activations), target,
+                                                as_pointer<uint8_t>(codes), as_pointer<float>(scale),
+                                                as_pointer<float>(zero), as_pointer<void>(layout), layout_bytes));
+      },
+      py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("isa"), py::arg("codes"),
+      py::arg("scale"), py::arg("zero"), py::arg("layout"), py::arg("layout_bytes"), py::arg("activations") = 0);
   module.def("linear_unpack", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t codes,
                                  std::uintptr_t scale, std::uintptr_t zero) {
     return static_cast<int>(bw::linear_unpack(as_pointer<void>(layout), layout_bytes, as_pointer<uint8_t>(codes),
@@ -152,9 +160,9 @@ void bind_linear(py::module_& module) {
         bw::Isa isa = bw::Isa::reference;
         const bw::Status status = bw::linear_describe(as_pointer<void>(layout), layout_bytes, &shape, &isa);
         return py::make_tuple(static_cast<int>(status), shape.n, shape.k, shape.bits, shape.group_size,
-                              bw::isa_name(isa));
+                              bw::isa_name(isa), static_cast<int>(shape.activations));
       },
-      "(status, n, k, bits, group_size, kernel) of a packed buffer");
+      "(status, n, k, bits, group_size, kernel, activations) of a packed buffer");
   module.def("linear_forward", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t x, int64_t ldx, int64_t m,
                                   std::uintptr_t bias, std::uintptr_t y, int64_t ldy) {
     py::gil_scoped_release unlocked;

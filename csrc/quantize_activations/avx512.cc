@@ -55,6 +55,24 @@ int32_t quantize_group(const float* x, int64_t begin, int64_t end, float to_code
   return _mm512_reduce_add_epi32(_mm512_add_epi32(sum0, sum1));
 }
 
+// As quantize_group, into two rows of halves; their sums go to sum[0] and sum[1].
+void halve_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* high, int8_t* low, int32_t* sum) {
+  const __m512 factor = _mm512_set1_ps(to_code), inverse = _mm512_set1_ps(kInverseHalf), half = _mm512_set1_ps(kHalf);
+  __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
+  for (int64_t i = begin; i < end; i += 16) {
+    const __mmask16 valid = end - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (end - i)) - 1);
+    const __m512 t = _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x + i), factor);
+    const __m512i h = _mm512_cvtps_epi32(_mm512_mul_ps(t, inverse));
+    const __m512i l = _mm512_cvtps_epi32(_mm512_sub_ps(t, _mm512_mul_ps(half, _mm512_cvtepi32_ps(h))));
+    _mm512_mask_cvtepi32_storeu_epi8(high + i, valid, h);
+    _mm512_mask_cvtepi32_storeu_epi8(low + i, valid, l);
+    sum_high = _mm512_add_epi32(sum_high, h);
+    sum_low = _mm512_add_epi32(sum_low, l);
+  }
+  sum[0] = _mm512_reduce_add_epi32(sum_high);
+  sum[1] = _mm512_reduce_add_epi32(sum_low);
+}
+
 void set_zero(int8_t* q, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 64) {
     const __mmask64 valid = end - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (end - i)) - 1;
@@ -62,26 +80,63 @@ void set_zero(int8_t* q, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int32_t kInfinity = 0x7f800000;
+
+// From the bits of the largest magnitude to the factor of the codes 0 .. `most`, or 0 where the
+// maximum is so small that the factor overflows; and to the scale.
+float factor_of(int32_t max_bits, float most, float* scale) {
+  const float max = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(max_bits)));
+  const float to_code = most / max;
+  const bool zero = !(to_code < __builtin_inff());
+  *scale = zero ? 0.0f : max / most;
+  return zero ? 0.0f : to_code;
+}
+
 Status run(const QuantizeRowsArgs& args) {
-  constexpr int32_t kInfinity = 0x7f800000;
   const int64_t padded = padded_row_bytes(args.k);
   const int64_t groups = args.k == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
   for (int64_t m = 0; m < args.m; ++m) {
     const float* x = args.x + m * args.ldx;
+    const auto end_of = [&](int64_t g) {
+      return args.k - g * args.group_size < args.group_size ? args.k : (g + 1) * args.group_size;
+    };
+    if (args.mode == Activations::int16) {
+      int8_t *high = args.q + 2 * m * padded, *low = high + padded;
+      int32_t* sums = args.sums + 2 * m * groups;
+      float* scale = args.scale + 2 * m;
+      const int32_t max_bits = largest_magnitude(x, args.k);
+      if (max_bits >= kInfinity) return Status::not_finite;
+      const float to_code = factor_of(max_bits, kInt16Max, scale + 1);
+      scale[0] = kHalf * scale[1];
+      for (int64_t g = 0; g < groups; ++g) {
+        int32_t both[2];
+        halve_group(x, g * args.group_size, end_of(g), to_code, high, low, both);
+        sums[g] = both[0];
+        sums[groups + g] = both[1];
+      }
+      set_zero(high, args.k, padded);
+      set_zero(low, args.k, padded);
+      continue;
+    }
     int8_t* q = args.q + m * padded;
     int32_t* sums = args.sums + m * groups;
-    const int32_t max_bits = largest_magnitude(x, args.k);
-    if (max_bits >= kInfinity) return Status::not_finite;
-    const float max = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(max_bits)));
-    const float to_code = 127.0f / max;
-    const bool zero_row = !(to_code < __builtin_inff());
-    args.scale[m] = zero_row ? 0.0f : max / 127.0f;
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * args.group_size;
-      const int64_t end = args.k - begin < args.group_size ? args.k : begin + args.group_size;
-      sums[g] = zero_row ? 0 : quantize_group(x, begin, end, to_code, q);
+    const bool blocks = args.mode == Activations::int8_block;
+    float to_code = 0.0f;
+    if (!blocks) {
+      const int32_t max_bits = largest_magnitude(x, args.k);
+      if (max_bits >= kInfinity) return Status::not_finite;
+      to_code = factor_of(max_bits, 127.0f, args.scale + m);
     }
-    set_zero(q, zero_row ? 0 : args.k, padded);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * args.group_size, end = end_of(g);
+      if (blocks) {
+        const int32_t max_bits = largest_magnitude(x + begin, end - begin);
+        if (max_bits >= kInfinity) return Status::not_finite;
+        to_code = factor_of(max_bits, 127.0f, args.scale + m * groups + g);
+      }
+      sums[g] = quantize_group(x, begin, end, to_code, q);
+    }
+    set_zero(q, args.k, padded);
   }
   return Status::ok;
 }

@@ -49,9 +49,10 @@ Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
     QuantizeRowsArgs part = args;
     part.m = std::min(rows_per_chunk, args.m - begin);
     part.x += begin * args.ldx;
-    part.q += begin * padded;
-    part.scale += begin;
-    part.sums += begin * groups;
+    const int64_t row = begin * rows_per_row(args.mode);
+    part.q += row * padded;
+    part.scale += args.mode == Activations::int8_block ? row * groups : row;
+    part.sums += row * groups;
     const Status status = kernel->run(part);
     if (status != Status::ok) worst.store(static_cast<int>(status));
   });

@@ -1,8 +1,13 @@
 // Float activations to int8 rows, each against its own absolute maximum.
 //
-//   scale[m] = max_k |x[m, k]| / 127          q[m, k] = rint(x[m, k] * (127 / max))
+//   int8        scale[m] = max_k |x[m, k]| / 127        q[m, k] = rint(x[m, k] * (127 / max))
+//   int8_block  the same over each group: scale[m, g] = max_{k in g} |x[m, k]| / 127, ..
+//   int16       two rows a row, x ~= scale[2 m] * q[2 m] + scale[2 m + 1] * q[2 m + 1]: with
+//               t = x * (127 * 254 / max), the first holds h = rint(t * (1 / 254)) and the second
+//               rint(t - 254 h), both within -127 .. 127; scale[2 m + 1] = max / (127 * 254) and
+//               scale[2 m] = 254 times that
 //
-// Rounding is to nearest, ties to even. A row of zeros has scale 0 and codes 0.
+// Rounding is to nearest, ties to even. A row (group) of zeros has scale 0 and codes 0.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +23,7 @@ constexpr int64_t kRowAlign = 64;
 
 inline int64_t padded_row_bytes(int64_t k) { return (k + kRowAlign - 1) / kRowAlign * kRowAlign; }
 
-// Rows that were rounded before, as quantize_rows leaves them.
+// Rows that were rounded before, as quantize_rows leaves them in mode int8.
 struct QuantizedRows {
   const int8_t* q = nullptr;      // [m, padded_row_bytes(k)], and kRowAlign bytes more that may be read
   const float* scale = nullptr;   // [m]
@@ -26,14 +31,23 @@ struct QuantizedRows {
   int64_t group_size = 0;
 };
 
+enum class Activations : int { int8 = 0, int8_block = 1, int16 = 2 };
+
+// int8 rows that a float row becomes.
+inline int64_t rows_per_row(Activations mode) { return mode == Activations::int16 ? 2 : 1; }
+
+// The second half of an int16 activation counts in units of 1 / kHalf of the first.
+constexpr float kHalf = 254.0f, kInverseHalf = 1.0f / kHalf, kInt16Max = 127.0f * kHalf;
+
 struct QuantizeRowsArgs {
   const float* x;  // [m, k], rows ldx floats apart
   int64_t ldx;
   int64_t m, k;
   int64_t group_size;  // k per sum; groups = ceil(k / group_size)
-  int8_t* q;           // out [m, padded_row_bytes(k)]
-  float* scale;        // out [m]
-  int32_t* sums;       // out [m, groups], the sums of q over each group
+  int8_t* q;           // out [rows, padded_row_bytes(k)], rows = m * rows_per_row(mode)
+  float* scale;        // out [rows]; int8_block: [rows, groups]
+  int32_t* sums;       // out [rows, groups], the sums of q over each group
+  Activations mode = Activations::int8;
 };
 
 // sums[m, g] of rows that were rounded with other groups.

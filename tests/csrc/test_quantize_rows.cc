@@ -23,15 +23,19 @@ struct Rounded {
 struct Input {
   const float* x;
   int64_t ldx, m, k, group_size;
+  Activations mode = Activations::int8;
 };
+
+constexpr Activations kModes[] = {Activations::int8, Activations::int8_block, Activations::int16};
 
 template <class Run>
 Rounded round_rows(const Input& in, const Run& run) {
   const int64_t groups = in.k == 0 ? 0 : (in.k + in.group_size - 1) / in.group_size;
   Rounded out;
-  out.q.assign(static_cast<size_t>(in.m * padded_row_bytes(in.k)), 99);
-  out.scale.assign(static_cast<size_t>(in.m), -1.0f);
-  out.sums.assign(static_cast<size_t>(in.m * groups), -999);
+  const int64_t rows = in.m * rows_per_row(in.mode);
+  out.q.assign(static_cast<size_t>(rows * padded_row_bytes(in.k)), 99);
+  out.scale.assign(static_cast<size_t>(in.mode == Activations::int8_block ? rows * groups : rows), -1.0f);
+  out.sums.assign(static_cast<size_t>(rows * groups), -999);
   QuantizeRowsArgs args;
   args.x = in.x;
   args.ldx = in.ldx;
@@ -41,6 +45,7 @@ Rounded round_rows(const Input& in, const Run& run) {
   args.q = out.q.data();
   args.scale = out.scale.data();
   args.sums = out.sums.data();
+  args.mode = in.mode;
   out.status = run(args);
   return out;
 }
@@ -72,6 +77,40 @@ void check_formula(const Input& in, const Rounded& out) {
   }
 }
 
+// The other modes: what the codes stand for is within half a step of the input, which is 1 / 127 of
+// the group's largest, or 1 / (127 * 254) of the row's.
+void check_mode(const Input& in, const Rounded& out) {
+  const bool halves = in.mode == Activations::int16;
+  const int64_t padded = padded_row_bytes(in.k), per_row = rows_per_row(in.mode);
+  const int64_t groups = in.k == 0 ? 0 : (in.k + in.group_size - 1) / in.group_size;
+  for (int64_t r = 0; r < in.m; ++r) {
+    for (int64_t k = 0; k < in.k; ++k) {
+      const int64_t first = halves ? 0 : k / in.group_size * in.group_size;
+      const int64_t last = halves ? in.k : std::min(in.k, first + in.group_size);
+      double max = 0.0, value = 0.0;
+      for (int64_t i = first; i < last; ++i) max = std::fmax(max, std::fabs(in.x[r * in.ldx + i]));
+      for (int64_t h = r * per_row; h < (r + 1) * per_row; ++h) {
+        const int q = out.q[static_cast<size_t>(h * padded + k)];
+        CHECK(q >= -127 && q <= 127);
+        value += static_cast<double>(out.scale[static_cast<size_t>(halves ? h : r * groups + k / in.group_size)]) * q;
+      }
+      const double step = max / (halves ? 127.0 * 254.0 : 127.0);
+      const double error = std::fabs(value - static_cast<double>(in.x[r * in.ldx + k]));
+      CHECK_NOTE(error <= 0.51 * step || max < 1e-33, "%g instead of %g", value,
+                 static_cast<double>(in.x[r * in.ldx + k]));
+    }
+    for (int64_t h = r * per_row; h < (r + 1) * per_row; ++h) {
+      std::vector<int32_t> sums(static_cast<size_t>(groups));
+      for (int64_t k = 0; k < padded; ++k) {
+        const int q = out.q[static_cast<size_t>(h * padded + k)];
+        if (k < in.k) sums[static_cast<size_t>(k / in.group_size)] += q;
+        CHECK(k < in.k || q == 0);
+      }
+      CHECK(groups == 0 || std::memcmp(sums.data(), out.sums.data() + h * groups, sums.size() * sizeof(int32_t)) == 0);
+    }
+  }
+}
+
 void over_awkward_shapes(const QuantizeRowsKernel& kernel) {
   check::Random random(7);
   const int64_t ks[] = {0, 1, 3, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 255, 300, 1000};
@@ -94,15 +133,20 @@ void over_awkward_shapes(const QuantizeRowsKernel& kernel) {
           if (k > 0)
             storage[static_cast<size_t>(1 + r * ldx + random.below(static_cast<int>(k)))] = -127.0f / 128.0f * size;
         }
-        const Input in = {storage.data() + 1, ldx, m, k, group_size};
-        const Rounded expected = round_rows(in, quantize_rows_reference()->run);
-        const Rounded direct = round_rows(in, kernel.run);
-        const Rounded dispatched =
-            round_rows(in, [&](const QuantizeRowsArgs& a) { return quantize_rows(a, kernel.isa); });
-        CHECK(expected.status == Status::ok);
-        CHECK_NOTE(same(direct, expected) && same(dispatched, expected), "%s: m=%d k=%d group_size=%d",
-                   isa_name(kernel.isa), static_cast<int>(m), static_cast<int>(k), static_cast<int>(group_size));
-        if (kernel.isa == Isa::reference && m > 0) check_formula(in, expected);
+        for (Activations mode : kModes) {
+          const Input in = {storage.data() + 1, ldx, m, k, group_size, mode};
+          const Rounded expected = round_rows(in, quantize_rows_reference()->run);
+          const Rounded direct = round_rows(in, kernel.run);
+          const Rounded dispatched =
+              round_rows(in, [&](const QuantizeRowsArgs& a) { return quantize_rows(a, kernel.isa); });
+          CHECK(expected.status == Status::ok);
+          CHECK_NOTE(same(direct, expected) && same(dispatched, expected), "%s: m=%d k=%d group_size=%d mode=%d",
+                     isa_name(kernel.isa), static_cast<int>(m), static_cast<int>(k), static_cast<int>(group_size),
+                     static_cast<int>(in.mode));
+          if (kernel.isa == Isa::reference && m > 0) {
+            in.mode == Activations::int8 ? check_formula(in, expected) : check_mode(in, expected);
+          }
+        }
       }
     }
   }
@@ -113,11 +157,14 @@ void over_many_rows(const QuantizeRowsKernel& kernel) {
   check::Random random(8);
   std::vector<float> x(300 * 513);
   for (float& v : x) v = random.uniform();
-  const Input in = {x.data(), 513, 300, 512, 128};
   const auto dispatch = [&](const QuantizeRowsArgs& a) { return quantize_rows(a, kernel.isa); };
-  CHECK(same(round_rows(in, dispatch), round_rows(in, quantize_rows_reference()->run)));
-  x[299 * 513 + 511] = std::numeric_limits<float>::infinity();
-  CHECK(round_rows(in, dispatch).status == Status::not_finite);
+  for (Activations mode : kModes) {
+    const Input in = {x.data(), 513, 300, 512, 128, mode};
+    CHECK(same(round_rows(in, dispatch), round_rows(in, quantize_rows_reference()->run)));
+    x[299 * 513 + 511] = std::numeric_limits<float>::infinity();
+    CHECK(round_rows(in, dispatch).status == Status::not_finite);
+    x[299 * 513 + 511] = 0.5f;
+  }
 }
 
 void not_finite_anywhere(const QuantizeRowsKernel& kernel) {
@@ -127,8 +174,13 @@ void not_finite_anywhere(const QuantizeRowsKernel& kernel) {
                     std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity()}) {
     for (size_t at = 0; at < x.size(); ++at) {
       x[at] = bad;
-      CHECK_NOTE(round_rows(in, kernel.run).status == Status::not_finite, "%s: %g at %d", isa_name(kernel.isa),
-                 static_cast<double>(bad), static_cast<int>(at));
+      for (Activations mode : kModes) {
+        Input moded = in;
+        moded.mode = mode;
+        moded.group_size = 32;
+        CHECK_NOTE(round_rows(moded, kernel.run).status == Status::not_finite, "%s: %g at %d", isa_name(kernel.isa),
+                   static_cast<double>(bad), static_cast<int>(at));
+      }
       x[at] = 1.0f;
     }
   }

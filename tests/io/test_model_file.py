@@ -234,6 +234,7 @@ NAN = struct.pack("<f", float("nan"))
         (put("layers/head/zero", None), "lacks 'head.zero', which the model needs"),
         (put("layers/head/bias", 1), "bias is 1, but must be true or false"),
         (put("layers/head/activation_bits", 4), "activation_bits is 4, but must be 8 or null"),
+        (put("layers/head/activations", "int4"), "activations is 'int4', but must be"),
         (put("layers/head/secret", 1), "field 'secret' is 1, but must be absent in this version"),
         (put("layers/conv2/conv/stride", [1, 1]), "layer 'conv2' is conv2d of 8 channels out"),
         (put("layers/conv2/conv/groups", 0), "groups is 0"),

@@ -7,7 +7,16 @@ import pytest
 import torch
 from bantamweight import _C, QuantizedWeight
 from bantamweight.errors import BantamweightError, KernelError
-from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear
+from bantamweight.nn import (
+    PackedChain,
+    PackedConv2d,
+    PackedLinear,
+    PackedLinears,
+    SimulatedConv2d,
+    SimulatedLinear,
+    Stage,
+)
+from bantamweight.ops.quantized_rows import quantize_rows
 
 SCHEMES = [(3, None), (3, 32), (4, None), (4, 16), (7, None), (8, 64), (15, 128), (16, None), (16, 32), (256, None)]
 KERNELS = [name for name, missing in _C.linear_variants() if not missing]
@@ -259,3 +268,76 @@ def test_packed_conv_refuses_with_a_sentence() -> None:
             packed(x)
     with pytest.raises(BantamweightError, match="whose matrix has 72 columns"):
         PackedConv2d.from_quantized(weight(6, 36), in_channels=8, kernel_size=3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activations", ["int8-block", "int16"])
+@torch.no_grad()
+def test_finer_activations_equal_the_simulated_form(
+    kernel: str, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+    for n, k, levels, group_size in ((7, 65, 3, None), (48, 333, 16, None), (130, 512, 16, 128), (20, 200, 256, 32)):
+        w, bias = weight(n, k, levels, group_size, symmetric=False), torch.randn(n)
+        packed = PackedLinear.from_quantized(w, bias, activations=activations)
+        assert packed.kernel == kernel and packed.quantized.equals(w)
+        assert repr(packed).endswith(f"{kernel}, {activations} inputs)")
+        simulated = SimulatedLinear(w, bias, activation_bits=8, activations=activations)
+        for shape in ((k,), (1, k), (3, k), (2, 33, k), (0, k)):
+            x = torch.randn(shape)
+            x[..., ::50] *= 20
+            ours, expected = packed(x), simulated(x)
+            terms = QuantizedWeight.from_codes(w.codes, w.scale, -w.zero, group_size=group_size, levels=levels)
+            size = x.abs() @ terms.dequantize().T + bias.abs()
+            assert ours.shape == expected.shape and ((ours - expected).abs() <= 2e-6 * size).all()
+
+
+@torch.no_grad()
+def test_error_of_each_activation_mode() -> None:
+    """Relative to the float matmul: the bounds that are promised, and what blocks gain where columns stand out."""
+    torch.manual_seed(0)
+    w = QuantizedWeight.from_codes(torch.randint(0, 15, (256, 1024), dtype=torch.uint8), 0.1, 7.0, levels=15)
+    gaussian = torch.randn(64, 1024)
+    outliers = gaussian.clone()
+    outliers[:, [3, 500, 777]] *= 40
+    errors = {}
+    for activations in ("int8", "int8-block", "int16"):
+        layer = PackedLinear.from_quantized(w, activations=activations)
+        for name, x in (("gaussian", gaussian), ("outliers", outliers)):
+            exact = x @ w.dequantize().T
+            errors[activations, name] = float((layer(x) - exact).norm() / exact.norm())
+    assert errors["int8", "gaussian"] <= 1.1e-2
+    assert errors["int8-block", "gaussian"] <= 7e-3
+    assert errors["int16", "gaussian"] <= 5e-5 and errors["int16", "outliers"] <= 4e-4
+    assert errors["int8-block", "outliers"] <= 0.7 * errors["int8", "outliers"]
+
+
+def test_activations_that_do_not_exist_or_fit() -> None:
+    with pytest.raises(BantamweightError, match="activations is 'int4', but must be one of 'int8', 'int8-block'"):
+        PackedLinear.from_quantized(weight(4, 8), activations="int4")
+    with pytest.raises(BantamweightError, match="activations is 'int4'"):
+        SimulatedLinear(weight(4, 8), activations="int4")
+    with pytest.raises(KernelError, match="which groups of 33 neither divide nor are a multiple of"):
+        PackedLinear.from_quantized(weight(4, 100, group_size=33), activations="int8-block")
+    packed = PackedLinear.from_quantized(weight(4, 100, group_size=33), activations="int16")
+    assert copy.deepcopy(packed).activations == "int16"
+    packed.load_state_dict(PackedLinear.from_quantized(weight(4, 100, group_size=33)).state_dict())
+    assert packed.activations == "int16"  # of the layer, not of the weight
+
+
+@torch.no_grad()
+def test_fused_layers_take_finer_activations_too() -> None:
+    int16 = [PackedLinear(weight(8, 24), activations="int16") for _ in range(2)]
+    x = torch.randn(5, 24)
+    for fused, layer in zip(PackedLinears(int16)(x), int16, strict=True):
+        assert torch.equal(fused, layer(x))
+    blocks = [PackedLinear(weight(8, 256, group_size=g), activations="int8-block") for g in (None, 32, 128)]
+    x = torch.randn(5, 256)
+    for fused, layer in zip(PackedLinears(blocks)(x), blocks, strict=True):
+        assert torch.equal(fused, layer(x))
+    chain = PackedChain([Stage(linear=blocks[0]), Stage(linear=PackedLinear(weight(4, 8), activations="int16"))])
+    assert torch.equal(chain(x), chain.linears[1](blocks[0](x)))
+    with pytest.raises(BantamweightError, match="rounds its input once, but these layers want int16 and int8"):
+        PackedLinears([int16[0], PackedLinear(weight(8, 24))])
+    with pytest.raises(BantamweightError, match="rounds its inputs to int16, but int8 rows came; pass the float"):
+        PackedLinears(int16)(quantize_rows(torch.randn(5, 24)))

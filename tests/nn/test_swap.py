@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bantamweight import QuantizedWeight, pack, pack_
+from bantamweight import QuantizedWeight, load, pack, pack_, save
 from bantamweight.errors import BantamweightError
 from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear, unpack
 from bantamweight.weights import conv_matrix
@@ -92,3 +92,35 @@ def test_torchs_transformer_runs_packed() -> None:
     net.use_nested_tensor = False
     expected = net(x, src_key_padding_mask=mask)
     torch.testing.assert_close(packed(x, src_key_padding_mask=mask), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_activations_for_all_layers_or_some(tmp_path) -> None:
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(72, 64), torch.nn.Linear(64, 5)
+        ).eval()
+
+    net = make()
+    for index in (0, 2, 3):
+        net[index] = simulated(net[index])
+    assert [layer.activations for layer in pack(net)[2:]] == ["int8", "int8"]
+    everywhere = pack(net, activations="int16")
+    assert everywhere[0].activations == "int8" and [x.activations for x in everywhere[2:]] == ["int16", "int16"]
+    some = pack(net, activations={"2": "int8-block", r"\d": "int16"})  # the first that fits
+    assert [layer.activations for layer in some[2:]] == ["int8-block", "int16"]
+    x = torch.randn(2, 3, 5, 5)
+    back = unpack(some)
+    assert [layer.activations for layer in back[2:]] == ["int8-block", "int16"]
+    assert torch.equal(pack(back)(x), some(x)) and torch.equal(pack(some, activations="int8")(x), pack(net)(x))
+    save(some, tmp_path / "some.safetensors")
+    again = load(tmp_path / "some.safetensors", make())
+    assert [layer.activations for layer in again[2:]] == ["int8-block", "int16"] and torch.equal(again(x), some(x))
+    save(pack(net), tmp_path / "plain.safetensors")
+    assert b'"activations"' not in (tmp_path / "plain.safetensors").read_bytes()  # as files were before there was it
+    with pytest.raises(BantamweightError, match="activations is 'float', but must be one of"):
+        pack(net, activations="float")
+    with pytest.raises(BantamweightError, match="names '0', which fits no quantized linear layer; they are 2, 3"):
+        pack(net, activations={"0": "int16"})
+    with pytest.raises(BantamweightError, match="neither a layer's name nor a regular expression"):
+        pack(net, activations={"(": "int16"})

@@ -12,6 +12,7 @@ from ..errors import BantamweightError
 
 METHODS = ("gpfq", "nearest")
 BITS = ("ternary", "2", "3", "4", "8")
+ACTIVATIONS = ("int8", "int8-block", "int16")
 METRICS = ("lambda_max", "trace", "ggn", "omega")
 OPTIMIZERS = ("sgd", "sam", "asam", "hero")
 
@@ -65,6 +66,9 @@ def _add_compress(commands) -> None:
     steps = how.add_mutually_exclusive_group()
     steps.add_argument("--group-size", type=_positive, metavar="K", help="one step for every K inputs of a neuron")
     steps.add_argument("--per-channel", action="store_true", help="one step for every output channel (the default)")
+    how.add_argument("--activations", choices=ACTIVATIONS, default="int8",
+                     help="how linear layers round their inputs: int8 a row (default), int8-block: on their own for "
+                     "every 128 columns, or int16 (convolutions stay int8)")  # fmt: skip
     how.add_argument("--ignore", action="append", default=[], metavar="LAYER",
                      help="keep this layer in float (a name or a regular expression; may be repeated)")  # fmt: skip
     how.add_argument("--max-drop", type=_fraction, metavar="D", help="give the worst layers 8 bits until accuracy "

@@ -56,6 +56,7 @@ class Job:
     ignore: Sequence[str]
     strict: bool
     max_drop: float | None
+    activations: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -152,6 +153,7 @@ def _own_job(args: argparse.Namespace) -> Job:
         ignore=args.ignore,
         strict=args.strict,
         max_drop=args.max_drop,
+        activations=args.activations,
     )
 
 
@@ -170,6 +172,7 @@ def _example_job(args: argparse.Namespace) -> Job:
         ignore=args.ignore,
         strict=args.strict,
         max_drop=None,
+        activations=args.activations,
     )
 
 
@@ -180,7 +183,7 @@ def _label(bits: str) -> str:
 def _method(args: argparse.Namespace) -> str:
     name = "GPFQ (Zhang, Zhou and Saab, 2023)" if args.method == "gpfq" else "rounding to nearest"
     steps = f"{args.group_size} inputs of a neuron" if args.group_size else "output channel"
-    return f"{name}, one step for every {steps}, int8 activations"
+    return f"{name}, one step for every {steps}, {args.activations} activations"
 
 
 def _config(args: argparse.Namespace, bits: str) -> Config:
@@ -279,7 +282,7 @@ def _try(
     )
     found = quantized.quantization
     assert isinstance(found, QuantizationReport)
-    io.save(pack(quantized), file, extra=header.to_extra())
+    io.save(pack(quantized, activations=job.activations), file, extra=header.to_extra())
     # Measured is what a user gets: the file, loaded into a fresh model.
     model = io.load(file, inputs.load_model(job.spec)).eval()
     kernels = {name: getattr(module, "kernel", "float") for name, module in model.named_modules()}

@@ -26,6 +26,7 @@ class LayerRecord:
     zero: float | None = None
     bias: bool = False
     activation_bits: int | None = None  # of the simulated form
+    activations: str = "int8"  # how a linear layer's kernel rounds its inputs
     conv: ConvGeometry | None = None
     padding_idx: int | None = None  # of an embedding
 
@@ -176,9 +177,10 @@ class _Check:
             self.fail(f"{here}'s zero", zero, "a finite number or null")
         if not isinstance(raw.get("bias", False), bool):
             self.fail(f"{here}'s bias", raw["bias"], "true or false")
-        activations = raw.get("activation_bits")
-        if activations is not None and (isinstance(activations, bool) or activations != 8):
-            self.fail(f"{here}'s activation_bits", activations, "8 or null")
+        activation_bits = raw.get("activation_bits")
+        if activation_bits is not None and (isinstance(activation_bits, bool) or activation_bits != 8):
+            self.fail(f"{here}'s activation_bits", activation_bits, "8 or null")
+        modes = ("int8", "int8-block", "int16") if kind == "linear" else ("int8",)
         shape = self.pair(raw.get("shape"), f"{here}'s shape", 0)
         padding_idx = raw.get("padding_idx")
         if padding_idx is not None:
@@ -191,7 +193,8 @@ class _Check:
             packing=self.choice(raw.get("packing"), f"{here}'s packing", (packing_for(levels).name,)),
             zero=None if zero is None else float(zero),
             bias=raw.get("bias", False),
-            activation_bits=activations,
+            activation_bits=activation_bits,
+            activations=self.choice(raw.get("activations", "int8"), f"{here}'s activations", modes),
             conv=self.conv(raw.get("conv"), here) if kind == "conv2d" else None,
             padding_idx=padding_idx,
         )

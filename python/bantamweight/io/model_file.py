@@ -60,6 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
             zero=weight.uniform_zero,
             bias=layer.bias is not None,
             activation_bits=layer.activation_bits,
+            activations=layer.activations,
             conv=geometry,
             padding_idx=getattr(layer, "padding_idx", None),
         )
@@ -241,7 +242,9 @@ def _read_layer(file: _Reader, name: str, record: LayerRecord) -> QuantizedLayer
         if record.kind == "embedding":
             return SimulatedEmbedding(weight, padding_idx=record.padding_idx)
         if record.conv is None:
-            return SimulatedLinear(weight, held.get("bias"), activation_bits=record.activation_bits)
+            return SimulatedLinear(
+                weight, held.get("bias"), activation_bits=record.activation_bits, activations=record.activations
+            )
         return SimulatedConv2d(weight, held.get("bias"), activation_bits=record.activation_bits, **vars(record.conv))
     except BantamweightError as error:
         raise FormatError(f"{file.path}: layer {name!r}: {error}") from None

@@ -218,6 +218,8 @@ def _maker_of(module: nn.Module) -> Callable[[Any], nn.Module] | None:
 def _packed(layer: nn.Module, name: str) -> PackedLinear:
     if not isinstance(layer, PackedLinear):
         raise BantamweightError(f"its {name} is a {type(layer).__name__}, not a PackedLinear; quantize and pack it")
+    if layer.activations != "int8":
+        raise BantamweightError(f"its {name} takes {layer.activations} inputs, but blocks hand int8 rows on")
     return layer
 
 

@@ -55,6 +55,12 @@ class _Fused(nn.Module):
         if type(x) is QuantizedRows:
             if not x.shape or x.shape[-1] != k:
                 raise BantamweightError(f"{name} takes rows of {k}, but rows of {list(x.shape)} came")
+            finer = next((m for m in self.modules() if isinstance(m, PackedLinear) and m.activations != "int8"), None)
+            if finer is not None:
+                raise BantamweightError(
+                    f"{name} holds a layer that rounds its inputs to {finer.activations}, but int8 rows came; pass the "
+                    "float tensor"
+                )
             return len(x.scale), None, x.addresses
         if not isinstance(x, Tensor):
             raise BantamweightError(f"{name} takes a tensor or QuantizedRows, but a {type(x).__name__} came")
@@ -92,6 +98,9 @@ class PackedLinears(_Fused):
         widths = sorted({layer.in_features for layer in layers})
         if len(widths) > 1:
             raise BantamweightError(f"PackedLinears takes layers of one number of inputs, but these have {widths}")
+        modes = sorted({layer.activations for layer in layers})
+        if len(modes) > 1:
+            raise BantamweightError(f"PackedLinears rounds its input once, but these layers want {' and '.join(modes)}")
         self.layers = nn.ModuleList(layers)
         self.in_features = widths[0]
         self.out_features = [layer.out_features for layer in layers]

@@ -60,7 +60,8 @@ class QuantizedLayer(nn.Module):
     scheme: str
     rows: int  # of the weight's matrix: output channels
     columns: int  # inputs of a channel
-    activation_bits: int | None  # 8 where inputs are rounded to int8
+    activation_bits: int | None  # 8 where inputs are rounded as `activations` says
+    activations: str = "int8"  # how a linear layer's kernel rounds its inputs: "int8", "int8-block" or "int16"
 
     @property
     def quantized(self) -> QuantizedWeight:

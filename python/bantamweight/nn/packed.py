@@ -94,11 +94,15 @@ class PackedLayer(QuantizedLayer):
         )
 
     def describe(self) -> str:
-        return f"bias={self.bias is not None}, packed {self.scheme} {self.kernel}"
+        inputs = "" if self.activations == "int8" else f", {self.activations} inputs"
+        return f"bias={self.bias is not None}, packed {self.scheme} {self.kernel}{inputs}"
 
 
 class PackedLinear(PackedLayer):
-    """`nn.Linear` on a low-bit kernel; inputs are rounded to int8 row by row.
+    """`nn.Linear` on a low-bit kernel; inputs are rounded to int8 row by row, or more finely.
+
+    `activations` is "int8", "int8-block" (a scale for every 128 columns of a row, for inputs with outliers) or "int16"
+    (weights are then the only thing that rounding changes; twice the arithmetic, the same reading of weights).
 
     Example:
         >>> import torch
@@ -111,22 +115,23 @@ class PackedLinear(PackedLayer):
     out_features: int
     in_features: int
 
-    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None, *, activations: str = "int8") -> None:
+        self.__dict__["activations"] = activations
         self.__dict__["out_features"], self.__dict__["in_features"] = quantized.out_features, quantized.in_features
         super().__init__(quantized, bias)
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> Self:
+    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None, *, activations: str = "int8") -> Self:
         """Packs the weight for the best kernel of this machine (or the one BANTAMWEIGHT_FORCE_KERNEL allows).
 
         Raises:
             KernelError: no kernel takes the weight.
-            BantamweightError: the bias is not one finite float a channel.
+            BantamweightError: the bias is not one finite float a channel, or there are no such activations.
         """
-        return cls(weight, bias)
+        return cls(weight, bias, activations=activations)
 
     def pack(self, quantized: QuantizedWeight) -> Tensor:
-        layout = pack_linear(quantized)
+        layout = pack_linear(quantized, activations=self.activations)
         self.kernel = describe_linear(layout).kernel
         return layout
 

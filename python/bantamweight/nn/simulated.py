@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812  (the name every torch user k
 
 from ..errors import BantamweightError
 from ..io.bitpack import pack_codes, unpack_codes
+from ..ops.lowbit_linear import BLOCK, check_activations
 from ..weights import ConvGeometry, QuantizedWeight, conv_weight
 from .layer import QuantizedLayer, check_bias
 
@@ -35,11 +36,43 @@ class _RoundToInt8(torch.autograd.Function):
         return grad_output, None
 
 
+class _RoundToInt16(torch.autograd.Function):
+    """Rounds each row to 127 * 254 steps on either side of zero; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        maximum = x.abs().amax(-1, keepdim=True)
+        most = torch.full_like(maximum, 127.0 * 254.0)
+        to_code = most / maximum
+        usable = torch.isfinite(to_code)
+        codes = torch.round(x * torch.where(usable, to_code, 0.0))
+        return codes * torch.where(usable, maximum / most, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_output
+
+
 def simulate_int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x as the kernels see it: rounded to ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`, ties to even."""
     if x.numel() == 0:
         return x
     return _RoundToInt8.apply(x, dims)  # type: ignore[return-value]
+
+
+def simulate_activations(x: Tensor, activations: str, group_size: int) -> Tensor:
+    """The rows of x [..., in] as a linear kernel sees them, in one of the modes of `ops.lowbit_linear.ACTIVATIONS`.
+
+    Args:
+        group_size: columns that share a scale of the weight; blocks are of that size where it is below 128.
+    """
+    if activations == "int8" or x.numel() == 0:
+        return simulate_int8(x, (-1,))
+    if activations == "int16":
+        return _RoundToInt16.apply(x)  # type: ignore[return-value]
+    size = min(group_size, BLOCK, x.shape[-1])
+    blocks = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))  # zeros change no maximum
+    return simulate_int8(blocks, (-1,)).flatten(-2)[..., : x.shape[-1]]
 
 
 class SimulatedLayer(QuantizedLayer):
@@ -98,12 +131,16 @@ class SimulatedLayer(QuantizedLayer):
         return self
 
     def describe(self) -> str:
-        activations = "" if self.activation_bits is None else f"A{self.activation_bits}"
-        return f"bias={self.bias is not None}, simulated {self.scheme}{activations}"
+        rounded = {"int8": "A8", "int8-block": "A8-b128", "int16": "A16"}[self.activations]
+        suffix = "" if self.activation_bits is None else rounded
+        return f"bias={self.bias is not None}, simulated {self.scheme}{suffix}"
 
 
 class SimulatedLinear(SimulatedLayer):
     """`nn.Linear` with the weight a QuantizedWeight stands for.
+
+    With ``activation_bits=8`` inputs are rounded as the packed layer's kernel rounds them: `activations` is "int8",
+    "int8-block" or "int16", as of PackedLinear, and what `pack` makes of the layer.
 
     Example:
         >>> import torch
@@ -114,9 +151,16 @@ class SimulatedLinear(SimulatedLayer):
     """
 
     def __init__(
-        self, quantized: QuantizedWeight, bias: Tensor | None = None, *, activation_bits: int | None = None
+        self,
+        quantized: QuantizedWeight,
+        bias: Tensor | None = None,
+        *,
+        activation_bits: int | None = None,
+        activations: str = "int8",
     ) -> None:
+        check_activations(activations)
         super().__init__(quantized, bias, activation_bits)
+        self.activations = activations
         self.out_features, self.in_features = quantized.out_features, quantized.in_features
 
     @classmethod
@@ -142,7 +186,7 @@ class SimulatedLinear(SimulatedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            x = simulate_int8(x, (-1,))
+            x = simulate_activations(x, self.activations, self.group_size)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

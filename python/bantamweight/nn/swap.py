@@ -2,13 +2,15 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 
 from ..errors import BantamweightError
+from ..ops.lowbit_linear import check_activations
+from ..patterns import fits
 from .embedding import PackedEmbedding, SimulatedEmbedding
 from .layer import QuantizedLayer
 from .packed import PackedConv2d, PackedLayer, PackedLinear
@@ -42,20 +44,27 @@ class PackingReport:
         return "\n".join(str(record) for record in self.layers)
 
 
-def pack(model: M) -> M:
+def pack(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
     """A copy of the model whose simulated layers run on kernels; see `pack_`."""
-    return pack_(copy.deepcopy(model))
+    return pack_(copy.deepcopy(model), activations=activations)
 
 
-def pack_(model: M) -> M:
+def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
     """Turns every simulated layer into its packed form, in place; returns the model (a lone layer's new form).
 
     A layer that no kernel takes stays simulated; ``model.packing`` (a PackingReport) says which and why. What is
     packed is for inference: no parameter requires a gradient any more, so the model also runs outside
     torch.no_grad(). An input that requires one is refused.
 
+    Args:
+        activations: how linear layers round their inputs: "int8", "int8-block" or "int16" (see PackedLinear), one for
+            all of them or by layer: a name, the name of a module that contains it, or a regular expression. A layer
+            that is not named, and every layer for None, keeps its own, "int8" unless it was set. Convolutions round
+            to int8.
+
     Raises:
-        BantamweightError: the model holds no quantized layer.
+        BantamweightError: the model holds no quantized layer, no such activations, or a pattern that fits no linear
+            layer.
 
     Example:
         >>> import torch
@@ -67,6 +76,7 @@ def pack_(model: M) -> M:
     """
     if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise BantamweightError(f"{type(model).__name__} has no quantized layer to pack; call quantize first")
+    wanted = _activations_by_layer(model, activations)
     records: list[PackedRecord] = []
     reads_weight = _layers_whose_weight_is_read(model)
 
@@ -74,9 +84,9 @@ def pack_(model: M) -> M:
         form, reason = layer, None
         if id(layer) in reads_weight:
             reason = "the module above it reads its float weight"
-        elif isinstance(layer, SimulatedLayer):
+        elif isinstance(layer, SimulatedLayer) or wanted.get(id(layer), layer.activations) != layer.activations:
             try:
-                form = _packed(layer)
+                form = _packed(layer, wanted.get(id(layer), layer.activations))
             except BantamweightError as error:
                 reason = str(error)
         if reason is not None:
@@ -109,12 +119,38 @@ def unpack(model: M) -> M:
     return model
 
 
-def _packed(layer: SimulatedLayer) -> PackedLayer:
+def _activations_by_layer(model: nn.Module, activations: str | Mapping[str, str] | None) -> dict[int, str]:
+    """The mode asked for, by the id of each linear layer that is named."""
+    linear = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SimulatedLinear | PackedLinear)
+    }
+    if activations is None:
+        return {}
+    if isinstance(activations, str):
+        check_activations(activations)
+        return {id(module): activations for module in linear.values()}
+    wanted: dict[int, str] = {}
+    for pattern, mode in activations.items():
+        check_activations(mode)
+        fitting = [module for name, module in linear.items() if fits("activations", pattern, name)]
+        if not fitting:
+            raise BantamweightError(
+                f"activations names '{pattern}', which fits no quantized linear layer; they are "
+                f"{', '.join(list(linear)[:8]) or 'none'}"
+            )
+        for module in fitting:
+            wanted.setdefault(id(module), mode)
+    return wanted
+
+
+def _packed(layer: QuantizedLayer, activations: str) -> PackedLayer:
     if isinstance(layer, SimulatedConv2d):
         return PackedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
     if isinstance(layer, SimulatedEmbedding):
         return PackedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
-    return PackedLinear(layer.quantized, layer.bias)
+    return PackedLinear(layer.quantized, layer.bias, activations=activations)
 
 
 def _simulated(layer: PackedLayer) -> SimulatedLayer:
@@ -122,7 +158,7 @@ def _simulated(layer: PackedLayer) -> SimulatedLayer:
         return SimulatedConv2d(layer.quantized, layer.bias, activation_bits=8, **vars(layer.geometry))
     if isinstance(layer, PackedEmbedding):
         return SimulatedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
-    return SimulatedLinear(layer.quantized, layer.bias, activation_bits=8)
+    return SimulatedLinear(layer.quantized, layer.bias, activation_bits=8, activations=layer.activations)
 
 
 def _replace(model: M, form_of: Callable[[str, QuantizedLayer], nn.Module]) -> M:

@@ -15,6 +15,10 @@ from ..errors import BantamweightError, KernelError
 from ..weights import QuantizedWeight
 
 ALIGNMENT = 64  # bytes, of every packed buffer
+BLOCK = 128  # columns that share an activation scale in mode int8-block
+
+# How the kernels round a layer's inputs, in the order of the extension's enum.
+ACTIVATIONS = ("int8", "int8-block", "int16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +30,33 @@ class LinearLayout:
     bits: int
     group_size: int
     kernel: str
+    activations: str
 
 
-def pack_linear(weight: QuantizedWeight, kernel: str | None = None) -> Tensor:
+def check_activations(activations: str) -> None:
+    if activations not in ACTIVATIONS:
+        allowed = ", ".join(repr(mode) for mode in ACTIVATIONS)
+        raise BantamweightError(f"activations is {activations!r}, but must be one of {allowed}")
+
+
+def pack_linear(weight: QuantizedWeight, kernel: str | None = None, activations: str = "int8") -> Tensor:
     """The weight in the layout of the best kernel of this CPU, or of the one named.
 
     Args:
         weight: on the CPU.
         kernel: "avx512_vnni", say; None for the best that BANTAMWEIGHT_FORCE_KERNEL allows.
+        activations: "int8" rounds inputs row by row; "int8-block" on their own in each block of 128 columns of a row
+            (or group of fewer); "int16" row by row to 16 bits, at twice the arithmetic.
 
     Returns:
         uint8 [bytes], for this machine's memory only; a file holds the canonical form.
 
     Raises:
         KernelError: this CPU has no such kernel, or no kernel takes the weight.
+        BantamweightError: no such activations.
     """
+    check_activations(activations)
+    mode = ACTIVATIONS.index(activations)
     isa = _C.linear_select(kernel or "")
     if kernel is not None and isa != kernel:
         names = [name for name, missing in _C.linear_variants() if not missing]
@@ -48,7 +64,12 @@ def pack_linear(weight: QuantizedWeight, kernel: str | None = None) -> Tensor:
     n, k = weight.out_features, weight.in_features
     # One group of a whole row may be written with any larger size; the kernels want the row's own.
     group_size = min(weight.group_size, max(k, 1))
-    size = _C.linear_layout_bytes(n, k, weight.bits, group_size, isa)
+    size = _C.linear_layout_bytes(n, k, weight.bits, group_size, isa, mode)
+    if size < 0 and _C.linear_layout_bytes(n, k, weight.bits, group_size, isa) >= 0:
+        raise KernelError(
+            f"activations 'int8-block' are rounded {BLOCK} columns at a time, which groups of {group_size} neither "
+            "divide nor are a multiple of; quantize in groups of 32, 64 or 128, or pass activations='int16'"
+        )
     if size < 0:
         raise KernelError(
             f"no kernel takes a {n}x{k} weight in groups of {weight.group_size}; sizes go up to 2^31 - 1, and groups "
@@ -68,6 +89,7 @@ def pack_linear(weight: QuantizedWeight, kernel: str | None = None) -> Tensor:
             zero.data_ptr(),
             layout.data_ptr(),
             size,
+            mode,
         ),
         f"packing a {n}x{k} weight",
     )
@@ -98,9 +120,16 @@ def describe_linear(layout: Tensor) -> LinearLayout:
             f"the packed weight is {layout.dtype} on {layout.device}, but must be contiguous uint8 on the CPU; "
             "make it with pack_linear"
         )
-    status, n, k, bits, group_size, kernel = _C.linear_describe(layout.data_ptr(), layout.numel())
+    status, n, k, bits, group_size, kernel, mode = _C.linear_describe(layout.data_ptr(), layout.numel())
     check_status(status, "reading a packed weight")
-    return LinearLayout(out_features=n, in_features=k, bits=bits, group_size=group_size, kernel=kernel)
+    return LinearLayout(
+        out_features=n,
+        in_features=k,
+        bits=bits,
+        group_size=group_size,
+        kernel=kernel,
+        activations=ACTIVATIONS[mode],
+    )
 
 
 def lowbit_linear(x: Tensor, layout: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Which layers of a model are quantized, each with which config, and why the others are not."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import BantamweightError, UnsupportedLayerError
+from ..patterns import fits
 from .calibrate import TargetLayer
 from .method import LayerwiseMethod
 from .report import SkippedLayer
@@ -66,7 +66,7 @@ def select_layers(
 
     def find(argument: str, name: str) -> str | None:
         """The first pattern of an argument that fits; every one that fits counts as used."""
-        fitting = [pattern for pattern in patterns[argument] if _fits(argument, pattern, name)]
+        fitting = [pattern for pattern in patterns[argument] if fits(argument, pattern, name)]
         unused.difference_update((argument, pattern) for pattern in fitting)
         return fitting[0] if fitting else None
 
@@ -133,17 +133,6 @@ def _is_table(module: nn.Module) -> bool:
     if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward:
         return False
     return module.max_norm is None
-
-
-def _fits(argument: str, pattern: str, name: str) -> bool:
-    if name == pattern or name.startswith(pattern + "."):
-        return True
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise BantamweightError(
-            f"{argument} holds '{pattern}', which is neither a layer's name nor a regular expression ({error})"
-        ) from None
 
 
 def _some(chosen: Mapping[str, TargetLayer], skipped: Iterable[SkippedLayer]) -> str:
