@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, kw_only=True)
 class _Step:
-    """A step of `csrc/conv_network`; `input` and `residual` are the steps they come from, None for the chain's input."""
+    """A step of `csrc/conv_network`; `input` and `residual` are steps, None for the chain's input."""
 
     kind: Literal["conv", "max_pool", "average", "subsample", "add"]
     input: "_Step | None"
@@ -304,6 +304,11 @@ def _module(node: fx.Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     return modules.get(str(node.target)) if node.op == "call_module" else None
 
 
+def _given(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """The arguments by name."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
 def _pooling(node: fx.Node, module: nn.Module | None) -> dict[str, tuple[int, int]] | None:
     """The arguments of a max pooling that the kernel has."""
     if isinstance(module, nn.MaxPool2d):
@@ -311,8 +316,7 @@ def _pooling(node: fx.Node, module: nn.Module | None) -> dict[str, tuple[int, in
         if pair(module.dilation) != (1, 1) or module.ceil_mode or module.return_indices:
             return None
     elif node.target in (F.max_pool2d, torch.max_pool2d):
-        given = dict(zip(("x", "kernel_size", "stride", "padding", "dilation", "ceil_mode"), node.args, strict=False))
-        given.update(node.kwargs)
+        given = _given(node, ("x", "kernel_size", "stride", "padding", "dilation", "ceil_mode"))
         size, stride, padding = given["kernel_size"], given.get("stride"), given.get("padding", 0)
         if pair(given.get("dilation", 1)) != (1, 1) or given.get("ceil_mode") or given.get("return_indices"):
             return None
@@ -328,7 +332,7 @@ def _average(node: fx.Node, module: nn.Module | None) -> bool | None:
     if node.target is F.adaptive_avg_pool2d and len(node.args) == 2:
         return False if node.args[1] in (1, (1, 1)) else None
     if node.target in ("mean", torch.mean):
-        given = dict(zip(("x", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+        given = _given(node, ("x", "dim", "keepdim"))
         dims = given.get("dim")
         if set(given) - {"x", "input", "dim", "keepdim"} or not isinstance(dims, list | tuple):
             return None
@@ -360,7 +364,7 @@ def _channel_padding(node: fx.Node) -> tuple[int, int] | None:
     """Zeros before and after the channels, of ``F.pad(x, (0, 0, 0, 0, before, after))``."""
     if node.target is not F.pad:
         return None
-    given = dict(zip(("x", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    given = _given(node, ("x", "pad", "mode", "value"))
     sides = given.get("pad")
     if not isinstance(sides, list | tuple) or len(sides) != 6 or any(side != 0 for side in sides[:4]):
         return None
