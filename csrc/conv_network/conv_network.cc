@@ -149,17 +149,18 @@ struct ConvNetwork::Prepared {
   int64_t images = 1;                         // that run together
   int64_t arena_bytes = 0;                    // for so many
 
-  Status place(const std::vector<NetworkStep>& steps, int64_t together);
+  void place(const std::vector<NetworkStep>& steps, int64_t together);
   Status run(const std::vector<NetworkStep>& steps, const ConvInput& part, uint8_t* arena, float* y) const;
 };
 
-Status ConvNetwork::Prepared::place(const std::vector<NetworkStep>& steps, int64_t together) {
+void ConvNetwork::Prepared::place(const std::vector<NetworkStep>& steps, int64_t together) {
   Arena arena;
   images = together;
   value_at.assign(size.size(), 0);
   scratch_at.assign(steps.size(), 0);
   for (size_t i = 0; i < steps.size(); ++i) {
-    if (steps[i].kind == Kind::conv) scratch_at[i] = arena.place(conv_prepared_bytes(plan[i], images), i, i);
+    if (steps[i].kind == Kind::conv)
+      scratch_at[i] = arena.place(conv_prepared_bytes(plan[i], images, steps[i].input != 0), i, i);
     if (i + 1 == steps.size()) break;  // the output lies in the caller's memory
     const auto value = static_cast<int64_t>(i + 1);
     size_t last = i;
@@ -170,7 +171,6 @@ Status ConvNetwork::Prepared::place(const std::vector<NetworkStep>& steps, int64
     value_at[i + 1] = arena.place(bytes, i, last);
   }
   arena_bytes = arena.size();
-  return Status::ok;
 }
 
 Status ConvNetwork::Prepared::run(const std::vector<NetworkStep>& steps, const ConvInput& part, uint8_t* arena,
@@ -252,10 +252,9 @@ Status ConvNetwork::prepared_for(const ImageSize& input, std::shared_ptr<const P
   }
   // Small feature maps run several images at a time: as many as leave all that is alive in L2.
   constexpr int64_t kArenaBytes = 1 << 20;
-  Status status = prepared->place(steps_, 1);
+  prepared->place(steps_, 1);
   const int64_t together = std::clamp<int64_t>(kArenaBytes / std::max<int64_t>(1, prepared->arena_bytes), 1, 16);
-  if (status == Status::ok && together > 1) status = prepared->place(steps_, together);
-  if (status != Status::ok) return status;
+  if (together > 1) prepared->place(steps_, together);
   latest_ = *out = std::move(prepared);
   return Status::ok;
 }

@@ -1,5 +1,5 @@
-// AVX2: 8 channels and two taps at a time. The bytes of both taps are interleaved, widened to 16
-// bits and multiplied and added in pairs: 5 instructions for 16 multiply-adds.
+// AVX2: 16 channels of four pixels stay in eight registers while the taps go by. What is left of the
+// channels runs in scalar fused multiply-adds.
 #include "depthwise_conv/depthwise_conv.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -8,76 +8,71 @@
 namespace bantamweight {
 namespace {
 
-// Pixels whose sums stay in registers while a pair's weights are loaded once.
-constexpr int kRows = 4;
+constexpr int kPixels = 4;
 
-// (a[c], b[c]) as 16-bit pairs for 8 channels.
-__m256i pair_up(const int8_t* a, const int8_t* b) {
-  const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a));
-  const __m128i second = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b));
-  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, second));
-}
-
-// Counts both taps of a pair, or only the first where the second pads an odd group.
-__m256i count_taps(const TapPair& pair) {
-  return _mm256_set1_epi32(pair.offset[0] == pair.offset[1] ? 0x00000001 : 0x00010001);
-}
-
-template <int rows, bool zeros>
-void run_rows(const DepthwiseTask& task, int64_t row, int64_t c, int64_t lanes) {
-  __m256 sum[rows];
-  for (int r = 0; r < rows; ++r) sum[r] = _mm256_setzero_ps();
-  int64_t p = 0;
-  for (int64_t g = 0; g < task.groups; ++g) {
-    __m256i dot[rows], activations[rows];
-    for (int r = 0; r < rows; ++r) dot[r] = activations[r] = _mm256_setzero_si256();
-    for (; p < task.pair_count && task.pairs[p].group == g; ++p) {
-      const TapPair& pair = task.pairs[p];
-      const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(task.weight + (p * lanes + c) * 2));
-      for (int r = 0; r < rows; ++r) {
-        const int8_t* a = task.rows[row + r] + c;
-        const __m256i taps = pair_up(a + pair.offset[0], a + pair.offset[1]);
-        dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(taps, weight));
-        if (zeros) activations[r] = _mm256_add_epi32(activations[r], _mm256_madd_epi16(taps, count_taps(pair)));
-      }
-    }
-    const __m256 scale = _mm256_loadu_ps(task.scale + g * lanes + c);
-    for (int r = 0; r < rows; ++r) {
-      sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r]), scale, sum[r]);
-      if (zeros) {
-        const __m256 zero_scale = _mm256_loadu_ps(task.zero_scale + g * lanes + c);
-        sum[r] = _mm256_fnmadd_ps(zero_scale, _mm256_cvtepi32_ps(activations[r]), sum[r]);
+// `pixels` output pixels from ox on, taps kx_begin .. kx_end - 1, channels c .. c + 15.
+template <int pixels>
+void run_pixels(const DepthwiseRow& row, int64_t c, int64_t ox, int64_t kx_begin, int64_t kx_end) {
+  const int64_t lanes = depthwise_lanes(row.channels), next = row.stride * row.step;
+  const __m256 bias_low = row.bias == nullptr ? _mm256_setzero_ps() : _mm256_loadu_ps(row.bias + c);
+  const __m256 bias_high = row.bias == nullptr ? _mm256_setzero_ps() : _mm256_loadu_ps(row.bias + c + 8);
+  __m256 low_sum[pixels], high_sum[pixels];
+#pragma GCC unroll 4
+  for (int p = 0; p < pixels; ++p) {
+    low_sum[p] = bias_low;
+    high_sum[p] = bias_high;
+  }
+  for (int64_t ky = 0; ky < row.kernel_h; ++ky) {
+    if (row.x[ky] == nullptr) continue;
+    for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
+      const float* weight = row.weight + (ky * row.kernel_w + kx) * lanes + c;
+      const __m256 weight_low = _mm256_loadu_ps(weight), weight_high = _mm256_loadu_ps(weight + 8);
+      const float* x = row.x[ky] + row.pixel(ox, kx) * row.step + c;
+#pragma GCC unroll 4
+      for (int p = 0; p < pixels; ++p) {
+        low_sum[p] = _mm256_fmadd_ps(_mm256_loadu_ps(x + p * next), weight_low, low_sum[p]);
+        high_sum[p] = _mm256_fmadd_ps(_mm256_loadu_ps(x + p * next + 8), weight_high, high_sum[p]);
       }
     }
   }
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const int64_t left = task.channels - c;
-  const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32(left > 8 ? 8 : static_cast<int>(left)), lane);
-  const __m256 bias = task.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(task.bias + c, valid);
-  for (int r = 0; r < rows; ++r) {
-    const __m256 y = _mm256_fmadd_ps(sum[r], _mm256_set1_ps(task.row_scale[row + r]), bias);
-    _mm256_maskstore_ps(task.y + (row + r) * task.ldy + c, valid, y);
+  float* y = row.y + ox * row.channels + c;
+#pragma GCC unroll 4
+  for (int p = 0; p < pixels; ++p) {
+    _mm256_storeu_ps(y + p * row.channels, low_sum[p]);
+    _mm256_storeu_ps(y + p * row.channels + 8, high_sum[p]);
   }
 }
 
-template <bool zeros>
-void run_all(const DepthwiseTask& task) {
-  const int64_t lanes = depthwise_lanes(task.channels);
-  int64_t row = 0;
-  for (; row + kRows <= task.row_count; row += kRows) {
-    for (int64_t c = 0; c < task.channels; c += 8) run_rows<kRows, zeros>(task, row, c, lanes);
+void run_channel(const DepthwiseRow& row, int64_t c, int64_t ox, int64_t kx_begin, int64_t kx_end) {
+  const int64_t lanes = depthwise_lanes(row.channels);
+  float sum = row.bias == nullptr ? 0.0f : row.bias[c];
+  for (int64_t ky = 0; ky < row.kernel_h; ++ky) {
+    if (row.x[ky] == nullptr) continue;
+    for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
+      sum = __builtin_fmaf(row.x[ky][row.pixel(ox, kx) * row.step + c],
+                           row.weight[(ky * row.kernel_w + kx) * lanes + c], sum);
+    }
   }
-  for (; row < task.row_count; ++row) {
-    for (int64_t c = 0; c < task.channels; c += 8) run_rows<1, zeros>(task, row, c, lanes);
+  row.y[ox * row.channels + c] = sum;
+}
+
+// Channels inside pixels: the input under a few pixels stays in L1.
+template <int pixels>
+void run_channels(const DepthwiseRow& row, int64_t ox, int64_t kx_begin, int64_t kx_end) {
+  int64_t c = 0;
+  for (; c + 16 <= row.channels; c += 16) run_pixels<pixels>(row, c, ox, kx_begin, kx_end);
+  for (; c < row.channels; ++c) {
+    for (int p = 0; p < pixels; ++p) run_channel(row, c, ox + p, kx_begin, kx_end);
   }
 }
 
-void run(const DepthwiseTask& task) {
-  if (task.zero_scale != nullptr) {
-    run_all<true>(task);
-  } else {
-    run_all<false>(task);
-  }
+void run(const DepthwiseRow& row) {
+  depthwise_split(
+      row, [&](int64_t ox, int64_t kx_begin, int64_t kx_end) { run_channels<1>(row, ox, kx_begin, kx_end); },
+      [&](int64_t ox, int64_t end) {
+        for (; ox + kPixels <= end; ox += kPixels) run_channels<kPixels>(row, ox, 0, row.kernel_w);
+        for (; ox < end; ++ox) run_channels<1>(row, ox, 0, row.kernel_w);
+      });
 }
 
 constexpr DepthwiseKernel kernel = {Isa::avx2, run};

@@ -1,11 +1,11 @@
-// Depthwise convolution of int8 activations: every channel has taps of its own, so vectors run
-// over channels and nothing is shared between them.
+// Depthwise convolution of float images by low-bit weights: every channel has taps of its own.
 //
-//   y[r, c] = bias[c] + row_scale[r] * sum_g (scale[g, c] * sum_{t in g} w[t, c] * a[r + offset[t], c]
-//                                             - zero_scale[g, c] * sum_{t in g} a[r + offset[t], c])
+//   y[p, c] = bias[c] + sum_t weight[t, c] * x[p + offset[t], c]
 //
-// The second sum is there only for zeros that are no integers; integer zeros are inside w. Taps are
-// worked off in pairs, because the 16-bit multiply-adds of every architecture take two at once.
+// A few multiply-adds a float make it a matter of reading and writing memory. Rounding the input to
+// int8 would read it twice more (its maximum must be known first) and gain nothing, so it stays float,
+// and the weights are dequantized when they are packed. Sums are fused multiply-adds from the bias on,
+// taps ascending, those outside the image left out: all variants agree to the last bit.
 #pragma once
 
 #include <cstddef>
@@ -15,40 +15,55 @@
 
 namespace bantamweight {
 
-// Channels of the tables are padded to a multiple of this with zeros.
+// Channels of the weights are padded to a multiple of this with zeros.
 constexpr int64_t kDepthwiseLanes = 32;
 
 inline int64_t depthwise_lanes(int64_t channels) {
   return (channels + kDepthwiseLanes - 1) / kDepthwiseLanes * kDepthwiseLanes;
 }
 
-// Two taps of one scale group; a group with an odd number of taps ends in a pair whose second
-// weight is 0.
-struct TapPair {
-  int64_t offset[2];  // bytes from the row pointer
-  int64_t group;      // non-decreasing over the pairs
+// One row of output pixels.
+struct DepthwiseRow {
+  const float* weight;    // [kernel_h * kernel_w][depthwise_lanes(channels)]
+  const float* bias;      // [channels] or null
+  const float* const* x;  // [kernel_h] the input row under each row of the kernel; null outside the image
+  int64_t kernel_h, kernel_w;
+  int64_t stride, dilation, pad_left;  // pixels along the row
+  int64_t width;                       // pixels of an input row
+  int64_t step;                        // floats from one of them to the next
+  int64_t channels;
+  float* y;  // out [out_width][channels]
+  int64_t out_width;
+
+  // The input pixel under tap kx of output pixel ox.
+  int64_t pixel(int64_t ox, int64_t kx) const { return ox * stride - pad_left + kx * dilation; }
 };
 
-struct DepthwiseTask {
-  const int16_t* weight;    // [pair_count][lanes][2]
-  const float* scale;       // [groups][lanes]
-  const float* zero_scale;  // [groups][lanes], or null
-  const TapPair* pairs;     // [pair_count]
-  int64_t pair_count;
-  int64_t groups;
-  int64_t channels;
-  const int8_t* const* rows;  // [row_count]; readable 64 bytes past the last channel of each tap
-  const float* row_scale;     // [row_count]
-  int64_t row_count;
-  bool int16_sums;    // the weights are so small that no sum over a group leaves 16 bits
-  const float* bias;  // [channels] or null
-  float* y;           // out: row r at y + r * ldy
-  int64_t ldy;
-};
+// Calls at_border(ox, kx_begin, kx_end) for each output pixel some of whose taps lie outside the row,
+// inside(ox_begin, ox_end) once for those between, whose taps all lie in it.
+template <class AtBorder, class Inside>
+inline void depthwise_split(const DepthwiseRow& row, AtBorder at_border, Inside inside) {
+  const auto first_tap = [&](int64_t ox) {
+    int64_t kx = 0;
+    while (kx < row.kernel_w && row.pixel(ox, kx) < 0) ++kx;
+    return kx;
+  };
+  const auto last_tap = [&](int64_t ox) {
+    int64_t kx = row.kernel_w;
+    while (kx > 0 && row.pixel(ox, kx - 1) >= row.width) --kx;
+    return kx;
+  };
+  int64_t ox = 0;
+  for (; ox < row.out_width && first_tap(ox) > 0; ++ox) at_border(ox, first_tap(ox), last_tap(ox));
+  int64_t end = ox;
+  while (end < row.out_width && last_tap(end) == row.kernel_w) ++end;
+  inside(ox, end);
+  for (ox = end; ox < row.out_width; ++ox) at_border(ox, first_tap(ox), last_tap(ox));
+}
 
 struct DepthwiseKernel {
   Isa isa;
-  void (*run)(const DepthwiseTask& task);  // one thread
+  void (*run)(const DepthwiseRow& row);  // one thread
 };
 
 const DepthwiseKernel* depthwise_reference();

@@ -1,5 +1,5 @@
-// NEON: 8 channels a time, each tap widened to 16 bits and multiplied and added into 32 bits: 3
-// instructions for 8 multiply-adds.
+// NEON: 8 channels of four pixels stay in eight registers while the taps go by. What is left of the
+// channels runs in scalar fused multiply-adds.
 #include "depthwise_conv/depthwise_conv.h"
 
 #if defined(__ARM_NEON) && defined(__aarch64__)
@@ -8,59 +8,71 @@
 namespace bantamweight {
 namespace {
 
-template <bool zeros>
-void run_lanes(const DepthwiseTask& task, int64_t row, int64_t c, int64_t lanes) {
-  float32x4_t low = vdupq_n_f32(0.0f), high = low;
-  int64_t p = 0;
-  for (int64_t g = 0; g < task.groups; ++g) {
-    int32x4_t dot_low = vdupq_n_s32(0), dot_high = dot_low, sum_low = dot_low, sum_high = dot_low;
-    for (; p < task.pair_count && task.pairs[p].group == g; ++p) {
-      const TapPair& pair = task.pairs[p];
-      const int8_t* a = task.rows[row] + c;
-      const int16x8x2_t weight = vld2q_s16(task.weight + (p * lanes + c) * 2);
-      const int16x8_t first = vmovl_s8(vld1_s8(a + pair.offset[0])), second = vmovl_s8(vld1_s8(a + pair.offset[1]));
-      dot_low = vmlal_s16(dot_low, vget_low_s16(first), vget_low_s16(weight.val[0]));
-      dot_high = vmlal_high_s16(dot_high, first, weight.val[0]);
-      dot_low = vmlal_s16(dot_low, vget_low_s16(second), vget_low_s16(weight.val[1]));
-      dot_high = vmlal_high_s16(dot_high, second, weight.val[1]);
-      if (zeros) {
-        sum_low = vaddw_s16(sum_low, vget_low_s16(first));
-        sum_high = vaddw_high_s16(sum_high, first);
-        if (pair.offset[0] != pair.offset[1]) {  // the second tap may pad an odd group
-          sum_low = vaddw_s16(sum_low, vget_low_s16(second));
-          sum_high = vaddw_high_s16(sum_high, second);
-        }
+constexpr int kPixels = 4;
+
+// `pixels` output pixels from ox on, taps kx_begin .. kx_end - 1, channels c .. c + 7.
+template <int pixels>
+void run_pixels(const DepthwiseRow& row, int64_t c, int64_t ox, int64_t kx_begin, int64_t kx_end) {
+  const int64_t lanes = depthwise_lanes(row.channels), next = row.stride * row.step;
+  const float32x4_t bias_low = row.bias == nullptr ? vdupq_n_f32(0.0f) : vld1q_f32(row.bias + c);
+  const float32x4_t bias_high = row.bias == nullptr ? vdupq_n_f32(0.0f) : vld1q_f32(row.bias + c + 4);
+  float32x4_t low_sum[pixels], high_sum[pixels];
+#pragma GCC unroll 4
+  for (int p = 0; p < pixels; ++p) {
+    low_sum[p] = bias_low;
+    high_sum[p] = bias_high;
+  }
+  for (int64_t ky = 0; ky < row.kernel_h; ++ky) {
+    if (row.x[ky] == nullptr) continue;
+    for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
+      const float* weight = row.weight + (ky * row.kernel_w + kx) * lanes + c;
+      const float32x4_t weight_low = vld1q_f32(weight), weight_high = vld1q_f32(weight + 4);
+      const float* x = row.x[ky] + row.pixel(ox, kx) * row.step + c;
+#pragma GCC unroll 4
+      for (int p = 0; p < pixels; ++p) {
+        low_sum[p] = vfmaq_f32(low_sum[p], vld1q_f32(x + p * next), weight_low);
+        high_sum[p] = vfmaq_f32(high_sum[p], vld1q_f32(x + p * next + 4), weight_high);
       }
     }
-    const float* scale = task.scale + g * lanes + c;
-    low = vfmaq_f32(low, vcvtq_f32_s32(dot_low), vld1q_f32(scale));
-    high = vfmaq_f32(high, vcvtq_f32_s32(dot_high), vld1q_f32(scale + 4));
-    if (zeros) {
-      const float* zero_scale = task.zero_scale + g * lanes + c;
-      low = vfmsq_f32(low, vld1q_f32(zero_scale), vcvtq_f32_s32(sum_low));
-      high = vfmsq_f32(high, vld1q_f32(zero_scale + 4), vcvtq_f32_s32(sum_high));
-    }
   }
-  const float32x4_t row_scale = vdupq_n_f32(task.row_scale[row]);
-  const int64_t left = task.channels - c, valid = left < 8 ? left : 8;
-  float bias[8] = {}, y[8];
-  if (task.bias != nullptr) __builtin_memcpy(bias, task.bias + c, static_cast<unsigned long>(valid) * sizeof *bias);
-  vst1q_f32(y, vfmaq_f32(vld1q_f32(bias), low, row_scale));
-  vst1q_f32(y + 4, vfmaq_f32(vld1q_f32(bias + 4), high, row_scale));
-  __builtin_memcpy(task.y + row * task.ldy + c, y, static_cast<unsigned long>(valid) * sizeof *y);
+  float* y = row.y + ox * row.channels + c;
+#pragma GCC unroll 4
+  for (int p = 0; p < pixels; ++p) {
+    vst1q_f32(y + p * row.channels, low_sum[p]);
+    vst1q_f32(y + p * row.channels + 4, high_sum[p]);
+  }
 }
 
-void run(const DepthwiseTask& task) {
-  const int64_t lanes = depthwise_lanes(task.channels);
-  for (int64_t row = 0; row < task.row_count; ++row) {
-    for (int64_t c = 0; c < task.channels; c += 8) {
-      if (task.zero_scale != nullptr) {
-        run_lanes<true>(task, row, c, lanes);
-      } else {
-        run_lanes<false>(task, row, c, lanes);
-      }
+void run_channel(const DepthwiseRow& row, int64_t c, int64_t ox, int64_t kx_begin, int64_t kx_end) {
+  const int64_t lanes = depthwise_lanes(row.channels);
+  float sum = row.bias == nullptr ? 0.0f : row.bias[c];
+  for (int64_t ky = 0; ky < row.kernel_h; ++ky) {
+    if (row.x[ky] == nullptr) continue;
+    for (int64_t kx = kx_begin; kx < kx_end; ++kx) {
+      sum = __builtin_fmaf(row.x[ky][row.pixel(ox, kx) * row.step + c],
+                           row.weight[(ky * row.kernel_w + kx) * lanes + c], sum);
     }
   }
+  row.y[ox * row.channels + c] = sum;
+}
+
+// Channels inside pixels: the input under a few pixels stays in L1.
+template <int pixels>
+void run_channels(const DepthwiseRow& row, int64_t ox, int64_t kx_begin, int64_t kx_end) {
+  int64_t c = 0;
+  for (; c + 8 <= row.channels; c += 8) run_pixels<pixels>(row, c, ox, kx_begin, kx_end);
+  for (; c < row.channels; ++c) {
+    for (int p = 0; p < pixels; ++p) run_channel(row, c, ox + p, kx_begin, kx_end);
+  }
+}
+
+void run(const DepthwiseRow& row) {
+  depthwise_split(
+      row, [&](int64_t ox, int64_t kx_begin, int64_t kx_end) { run_channels<1>(row, ox, kx_begin, kx_end); },
+      [&](int64_t ox, int64_t end) {
+        for (; ox + kPixels <= end; ox += kPixels) run_channels<kPixels>(row, ox, 0, row.kernel_w);
+        for (; ox < end; ++ox) run_channels<1>(row, ox, 0, row.kernel_w);
+      });
 }
 
 constexpr DepthwiseKernel kernel = {Isa::neon, run};

@@ -6,29 +6,20 @@
 namespace bantamweight {
 namespace {
 
-void run(const DepthwiseTask& task) {
-  const int64_t lanes = depthwise_lanes(task.channels);
-  for (int64_t r = 0; r < task.row_count; ++r) {
-    for (int64_t c = 0; c < task.channels; ++c) {
-      float sum = 0.0f;
-      int64_t p = 0;
-      for (int64_t g = 0; g < task.groups; ++g) {
-        int32_t dot = 0, activations = 0;
-        for (; p < task.pair_count && task.pairs[p].group == g; ++p) {
-          const int16_t* weight = task.weight + (p * lanes + c) * 2;
-          for (int t = 0; t < 2; ++t) dot += weight[t] * task.rows[r][task.pairs[p].offset[t] + c];
-          activations += task.rows[r][task.pairs[p].offset[0] + c];
-          // The second tap of a pair that pads an odd group is the first once more, and not counted.
-          if (task.pairs[p].offset[1] != task.pairs[p].offset[0]) {
-            activations += task.rows[r][task.pairs[p].offset[1] + c];
-          }
-        }
-        sum = std::fma(static_cast<float>(dot), task.scale[g * lanes + c], sum);
-        if (task.zero_scale != nullptr) {
-          sum = std::fma(-task.zero_scale[g * lanes + c], static_cast<float>(activations), sum);
+void run(const DepthwiseRow& row) {
+  const int64_t lanes = depthwise_lanes(row.channels);
+  for (int64_t ox = 0; ox < row.out_width; ++ox) {
+    for (int64_t c = 0; c < row.channels; ++c) {
+      float sum = row.bias == nullptr ? 0.0f : row.bias[c];
+      for (int64_t ky = 0; ky < row.kernel_h; ++ky) {
+        if (row.x[ky] == nullptr) continue;
+        for (int64_t kx = 0; kx < row.kernel_w; ++kx) {
+          const int64_t pixel = row.pixel(ox, kx);
+          if (pixel < 0 || pixel >= row.width) continue;
+          sum = std::fma(row.x[ky][pixel * row.step + c], row.weight[(ky * row.kernel_w + kx) * lanes + c], sum);
         }
       }
-      task.y[r * task.ldy + c] = std::fma(sum, task.row_scale[r], task.bias == nullptr ? 0.0f : task.bias[c]);
+      row.y[ox * row.channels + c] = sum;
     }
   }
 }

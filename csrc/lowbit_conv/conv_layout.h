@@ -17,12 +17,11 @@ struct ConvLayout {
   // A view a channel group of `run`, unless the convolution is depthwise.
   const uint8_t* views = nullptr;
   int64_t view_bytes = 0;
-  // The tables of DepthwiseTask, and the zeros as they came.
-  const int16_t* weight = nullptr;
+  // Depthwise: dequantized [taps][lanes], and the canonical parts as they came.
+  const float* weight = nullptr;
+  const uint8_t* codes = nullptr;
   const float* scale = nullptr;
-  const float* zero_scale = nullptr;
   const float* zero = nullptr;
-  bool int16_sums = false;
 };
 
 Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out);
@@ -47,8 +46,5 @@ bool conv_copies_rows(const ConvShape& shape, Isa isa);
 
 // What the kernel `isa` is given: those runs, or the copied row, cut where a scale group ends.
 std::vector<KPiece> conv_pieces(const ConvShape& shape, Isa isa, int64_t row_bytes);
-
-// The taps of a depthwise convolution two by two, cut where a group ends.
-std::vector<TapPair> conv_tap_pairs(const ConvShape& shape, int64_t row_bytes);
 
 }  // namespace bantamweight

@@ -26,7 +26,6 @@ struct ConvPlan {
   bool by_pixel = false;          // each pixel has a scale of its own, and only those that are used are kept
   std::vector<PackedView> views;  // one a channel group, with this image's pieces
   std::vector<KPiece> pieces;
-  std::vector<TapPair> pairs;     // depthwise
   std::vector<KPiece> runs;       // what each task copies together; empty where rows are used as they lie
   bool wants_sums = false;        // some zero is not 0
   int64_t slice_size = 0;         // channels a slice sum; 0 where no slice sums are wanted
@@ -43,7 +42,10 @@ struct ConvPlan {
   int64_t image_rows() const { return out_h * out_w; }
   int64_t out_floats() const { return image_rows() * layout.run.out_channels; }
   int64_t pixel_bytes() const;  // of q
-  int64_t image_bytes() const { return (by_pixel ? image_rows() : padded_pixels()) * pixel_bytes(); }
+  // Of q; a depthwise convolution reads floats.
+  int64_t image_bytes() const {
+    return layout.run.depthwise() ? 0 : (by_pixel ? image_rows() : padded_pixels()) * pixel_bytes();
+  }
 };
 
 Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64_t width, ConvPlan* plan);
@@ -54,10 +56,12 @@ struct ConvActivations {
   const int8_t* q;      // [images, padded_h, padded_w, channels]; by pixel: [images * image_rows, pixel_bytes]
   const float* scale;   // [images]; by pixel: [images * image_rows]
   const int32_t* sums;  // slice sums of q; by pixel: [images * image_rows][groups]
+  ConvInput floats;     // depthwise, instead of all those: channels last
 };
 
-// Bytes, a multiple of 64, that conv_prepare takes for so many images.
-int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images);
+// Bytes, a multiple of 64, that conv_prepare takes for so many images; channels_last: the input's
+// stride_c is 1.
+int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images, bool channels_last);
 
 // input: of the plan's size. Threads: OpenMP's current setting.
 Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out);

@@ -129,18 +129,12 @@ Tasks cut(const ConvPlan& plan, int64_t rows) {
   // Whole output rows, so that neighbouring row pointers are equally spaced.
   tasks.rows_per_task = plan.out_w < kRows ? kRows / plan.out_w * plan.out_w : kRows;
   tasks.row_chunks = ceil_div(rows, tasks.rows_per_task);
-  tasks.channel_groups = s.depthwise() ? 1 : s.groups;
-  int64_t blocks = 1, macs_per_block = 0;
-  if (!s.depthwise()) {
-    const int64_t block_n = plan.views[0].kernel->block_n;
-    blocks = ceil_div(plan.views[0].n, block_n);
-    macs_per_block = std::min(rows, tasks.rows_per_task) * s.k() * block_n;
-  }
+  tasks.channel_groups = s.groups;
+  const int64_t block_n = plan.views[0].kernel->block_n, blocks = ceil_div(plan.views[0].n, block_n);
+  const int64_t macs_per_block = std::min(rows, tasks.rows_per_task) * s.k() * block_n;
   tasks.blocks_per_task = std::clamp<int64_t>(kMacsPerTask / std::max<int64_t>(1, macs_per_block), 1, blocks);
   tasks.block_chunks = ceil_div(blocks, tasks.blocks_per_task);
-  // Per multiply-add a depthwise convolution costs about sixteen times as much.
-  const int64_t macs = rows * s.k() * s.out_channels / (s.depthwise() ? 1 : s.groups);
-  tasks.worth_threads = macs * (s.depthwise() ? 16 : 1) >= 2 * kMacsPerTask;
+  tasks.worth_threads = rows * s.k() * (s.out_channels / s.groups) >= 2 * kMacsPerTask;
   return tasks;
 }
 
@@ -179,27 +173,6 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
 
   y += range.begin * s.out_channels;
   const float* residual = epilogue.residual == nullptr ? nullptr : epilogue.residual + range.begin * s.out_channels;
-  if (s.depthwise()) {
-    point_at_rows(plan, images, range, 0, rows, row_scale);
-    DepthwiseTask task;
-    task.weight = plan.layout.weight;
-    task.scale = plan.layout.scale;
-    task.zero_scale = plan.layout.zero_scale;
-    task.pairs = plan.pairs.data();
-    task.pair_count = static_cast<int64_t>(plan.pairs.size());
-    task.groups = plan.groups;
-    task.int16_sums = plan.layout.int16_sums;
-    task.channels = s.out_channels;
-    task.rows = rows;
-    task.row_scale = row_scale;
-    task.row_count = row_count;
-    task.bias = bias;
-    task.y = y;
-    task.ldy = s.out_channels;
-    depthwise_pick(plan.layout.isa)->run(task);
-    follow_up(plan, epilogue, row_count, s.out_channels, residual, y);
-    return Status::ok;
-  }
   const float* scales = row_scale;
   const int32_t* sums = row_sums;
   if (plan.by_pixel) {
@@ -228,9 +201,51 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
   return Status::ok;
 }
 
+// Some rows of output pixels, counted over all images.
+Status run_depthwise_rows(const ConvPlan& plan, const ConvInput& in, RowRange range, const float* bias,
+                          const ConvEpilogue& epilogue, float* y) {
+  const ConvShape& s = plan.layout.run;
+  thread_local Scratch scratch;
+  auto** taps = reinterpret_cast<const float**>(scratch.get(s.kernel_h * static_cast<int64_t>(sizeof(float*))));
+  if (taps == nullptr) return Status::out_of_memory;
+  const int64_t floats = plan.out_w * s.out_channels;
+  const auto absmax_bits = quantize_images_pick(plan.layout.isa).absmax_bits;
+  bool finite = true;
+  for (int64_t at = range.begin; at < range.end; ++at) {
+    const float* image = in.x + at / plan.out_h * in.stride_n;
+    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+      const int64_t iy = at % plan.out_h * s.stride_h - s.pad_top + ky * s.dilation_h;
+      taps[ky] = iy < 0 || iy >= in.height ? nullptr : image + iy * in.stride_h;
+    }
+    float* to = y + at * floats;
+    depthwise_pick(plan.layout.isa)
+        ->run({plan.layout.weight, bias, taps, s.kernel_h, s.kernel_w, s.stride_w, s.dilation_w, s.pad_left, in.width,
+               in.stride_w, s.out_channels, to, plan.out_w});
+    // What was not finite on the way in is not on the way out.
+    finite = finite && absmax_bits(to, floats) < 0x7f800000u;
+    follow_up(plan, epilogue, plan.out_w, s.out_channels,
+              epilogue.residual == nullptr ? nullptr : epilogue.residual + at * floats, to);
+  }
+  return finite ? Status::ok : Status::not_finite;
+}
+
+Status run_depthwise(const ConvPlan& plan, const ConvInput& in, const float* bias, const ConvEpilogue& epilogue,
+                     float* y) {
+  constexpr int64_t kFloatsPerTask = 1 << 15;
+  const int64_t rows = in.images * plan.out_h, floats = plan.out_w * plan.layout.run.out_channels;
+  const int64_t rows_per_task = std::max<int64_t>(1, kFloatsPerTask / floats);
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
+  for_each_shared(ceil_div(rows, rows_per_task), rows * floats >= 2 * kFloatsPerTask, [&](int64_t i) {
+    const RowRange range = {i * rows_per_task, std::min(rows, (i + 1) * rows_per_task)};
+    const Status status = run_depthwise_rows(plan, in, range, bias, epilogue, y);
+    if (status != Status::ok) worst.store(static_cast<int>(status));
+  });
+  return static_cast<Status>(worst.load());
+}
+
 Status run_images(const ConvPlan& plan, const ConvInput& input, const float* bias, float* y) {
   thread_local Scratch scratch;
-  uint8_t* memory = scratch.get(conv_prepared_bytes(plan, input.images));
+  uint8_t* memory = scratch.get(conv_prepared_bytes(plan, input.images, input.stride_c == 1));
   if (memory == nullptr) return Status::out_of_memory;
   ConvActivations activations;
   const Status status = conv_prepare(plan, input, memory, &activations);
@@ -241,6 +256,7 @@ Status run_images(const ConvPlan& plan, const ConvInput& input, const float* bia
 
 Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,
                      const ConvEpilogue& epilogue, float* y) {
+  if (plan.layout.run.depthwise()) return run_depthwise(plan, activations.floats, bias, epilogue, y);
   const Tasks tasks = cut(plan, activations.images * plan.image_rows());
   std::atomic<int> worst{static_cast<int>(Status::ok)};
   for_each_shared(tasks.count(), tasks.worth_threads, [&](int64_t i) {
@@ -256,6 +272,7 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const Status status = conv_plan(layout, layout_bytes, input.height, input.width, &plan);
   if (status != Status::ok) return status;
   if (input.images == 0) return Status::ok;
+  if (plan.layout.run.depthwise()) return run_images(plan, input, bias, y);
 
   // Batches: as many images at a time as stay in L2 between quantization and multiplication, whole
   // images to each thread. A batch that does not go round shares its images out inside.

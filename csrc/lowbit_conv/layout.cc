@@ -1,7 +1,6 @@
 // Packing, unpacking and reading back the weights of a convolution.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -17,10 +16,8 @@ struct ConvHeader {
   uint64_t magic;
   int64_t isa;
   int64_t bytes;
-  int64_t integer_zeros;  // depthwise: 1 if the zeros are inside the weights
-  int64_t int16_sums;     // depthwise: 1 if sums over a group fit 16 bits
-  int64_t merged;         // channel groups that run as one
-  int64_t view_bytes;     // of each of the channel groups that are left
+  int64_t merged;      // channel groups that run as one
+  int64_t view_bytes;  // of each of the channel groups that are left
   ConvShape shape;
 };
 constexpr int64_t kHeaderBytes = (sizeof(ConvHeader) + kAlign - 1) / kAlign * kAlign;
@@ -60,18 +57,17 @@ std::vector<KPiece> cut_at_groups(const ConvShape& s, const std::vector<KPiece>&
 
 // Byte offsets behind the header of a depthwise layout.
 struct DepthwiseParts {
-  int64_t weight, scale, zero_scale, zero, end;
+  int64_t weight, codes, scale, zero, end;
 };
 
-DepthwiseParts depthwise_parts(const ConvShape& s, int64_t pair_count) {
-  const int64_t lanes = depthwise_lanes(s.out_channels), groups = conv_summed_groups(s);
-  const int64_t table = align(groups * lanes * static_cast<int64_t>(sizeof(float)));
+DepthwiseParts depthwise_parts(const ConvShape& s) {
+  const auto floats = [](int64_t count) { return align(count * static_cast<int64_t>(sizeof(float))); };
   DepthwiseParts at;
   at.weight = kHeaderBytes;
-  at.scale = at.weight + align(pair_count * lanes * 2 * static_cast<int64_t>(sizeof(int16_t)));
-  at.zero_scale = at.scale + table;
-  at.zero = at.zero_scale + table;
-  at.end = at.zero + table;
+  at.codes = at.weight + floats(s.k() * depthwise_lanes(s.out_channels));
+  at.scale = at.codes + align(s.out_channels * s.k());
+  at.zero = at.scale + floats(s.out_channels * conv_summed_groups(s));
+  at.end = at.zero + floats(s.out_channels * conv_summed_groups(s));
   return at;
 }
 
@@ -149,70 +145,31 @@ int64_t layout_bytes_of(const ConvShape& s, Isa isa) {
     const ConvShape merged = merged_shape(s, mergeable_groups(s, isa));
     return kHeaderBytes + std::max(s.groups * view_bytes_of(s, isa), merged.groups * view_bytes_of(merged, isa));
   }
-  return depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size())).end;
+  return depthwise_parts(s).end;
 }
 
-// Zeros that can be subtracted from the codes once and for all.
-bool all_code_zeros(const float* zero, int64_t count) {
-  return std::all_of(zero, zero + count, [](float z) { return z >= 0.0f && z <= 255.0f && z == std::floor(z); });
-}
-
-// Calls visit(pair, which of its two taps, tap) for every tap.
-template <class Visit>
-void for_each_tap(const std::vector<TapPair>& pairs, Visit visit) {
-  int64_t tap = 0;
-  for (size_t p = 0; p < pairs.size(); ++p) {
-    visit(static_cast<int64_t>(p), 0, tap++);
-    if (pairs[p].offset[1] != pairs[p].offset[0]) visit(static_cast<int64_t>(p), 1, tap++);
-  }
-}
-
-// Distinct offsets for distinct taps, whatever the image.
-std::vector<TapPair> distinct_tap_pairs(const ConvShape& s) {
-  return conv_tap_pairs(s, s.in_channels * s.dilation_w * s.kernel_w);
-}
-
-void pack_depthwise(const ConvShape& s, const uint8_t* codes, const float* scale, const float* zero, uint8_t* base,
-                    ConvHeader* header) {
-  const std::vector<TapPair> pairs = distinct_tap_pairs(s);
-  const DepthwiseParts at = depthwise_parts(s, static_cast<int64_t>(pairs.size()));
+void pack_depthwise(const ConvShape& s, const uint8_t* codes, const float* scale, const float* zero, uint8_t* base) {
+  const DepthwiseParts at = depthwise_parts(s);
   const int64_t lanes = depthwise_lanes(s.out_channels), groups = conv_summed_groups(s), k = s.k();
-  auto* weight = reinterpret_cast<int16_t*>(base + at.weight);
-  auto* scale_out = reinterpret_cast<float*>(base + at.scale);
-  auto* zero_scale = reinterpret_cast<float*>(base + at.zero_scale);
-  header->integer_zeros = all_code_zeros(zero, s.out_channels * groups) ? 1 : 0;
-  constexpr int kLargestActivation = 127;
-  std::vector<int64_t> size(static_cast<size_t>(groups));
-  header->int16_sums = 1;
+  auto* weight = reinterpret_cast<float*>(base + at.weight);
   for (int64_t c = 0; c < s.out_channels; ++c) {
-    std::fill(size.begin(), size.end(), 0);
-    for_each_tap(pairs, [&](int64_t p, int which, int64_t tap) {
-      const int zero_point = header->integer_zeros ? static_cast<int>(zero[c * groups + pairs[p].group]) : 0;
-      const int value = codes[c * k + tap] - zero_point;
-      weight[(p * lanes + c) * 2 + which] = static_cast<int16_t>(value);
-      size[static_cast<size_t>(pairs[p].group)] += std::abs(value);
-    });
-    if (*std::max_element(size.begin(), size.end()) * kLargestActivation > INT16_MAX) header->int16_sums = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      scale_out[g * lanes + c] = scale[c * groups + g];
-      zero_scale[g * lanes + c] = scale[c * groups + g] * zero[c * groups + g];
+    for (int64_t tap = 0; tap < k; ++tap) {
+      const int64_t g = c * groups + tap / conv_summed_group(s);
+      weight[tap * lanes + c] = scale[g] * (static_cast<float>(codes[c * k + tap]) - zero[g]);
     }
   }
-  std::memcpy(base + at.zero, zero, static_cast<size_t>(s.out_channels * groups) * sizeof(float));
+  const auto table = static_cast<size_t>(s.out_channels * groups) * sizeof(float);
+  std::memcpy(base + at.codes, codes, static_cast<size_t>(s.out_channels * k));
+  std::memcpy(base + at.scale, scale, table);
+  std::memcpy(base + at.zero, zero, table);
 }
 
 void unpack_depthwise(const ConvLayout& layout, uint8_t* codes, float* scale, float* zero) {
   const ConvShape& s = layout.shape;
-  const std::vector<TapPair> pairs = distinct_tap_pairs(s);
-  const int64_t lanes = depthwise_lanes(s.out_channels), groups = conv_summed_groups(s), k = s.k();
-  std::memcpy(zero, layout.zero, static_cast<size_t>(s.out_channels * groups) * sizeof(float));
-  for (int64_t c = 0; c < s.out_channels; ++c) {
-    for_each_tap(pairs, [&](int64_t p, int which, int64_t tap) {
-      const int zero_point = layout.zero_scale == nullptr ? static_cast<int>(zero[c * groups + pairs[p].group]) : 0;
-      codes[c * k + tap] = static_cast<uint8_t>(layout.weight[(p * lanes + c) * 2 + which] + zero_point);
-    });
-    for (int64_t g = 0; g < groups; ++g) scale[c * groups + g] = layout.scale[g * lanes + c];
-  }
+  const auto table = static_cast<size_t>(s.out_channels * conv_summed_groups(s)) * sizeof(float);
+  std::memcpy(codes, layout.codes, static_cast<size_t>(s.out_channels * s.k()));
+  std::memcpy(scale, layout.scale, table);
+  std::memcpy(zero, layout.zero, table);
 }
 
 // A group longer than kMaxGroupK is summed in parts that carry the same scale.
@@ -255,20 +212,6 @@ std::vector<KPiece> conv_pieces(const ConvShape& s, Isa isa, int64_t row_bytes) 
   return cut_at_groups(s, conv_runs(s, row_bytes));
 }
 
-std::vector<TapPair> conv_tap_pairs(const ConvShape& s, int64_t row_bytes) {
-  const int64_t group = conv_summed_group(s), taps = s.kernel_h * s.kernel_w;
-  const auto offset = [&](int64_t tap) {
-    return tap / s.kernel_w * s.dilation_h * row_bytes + tap % s.kernel_w * s.dilation_w * s.in_channels;
-  };
-  std::vector<TapPair> pairs;
-  for (int64_t tap = 0; tap < taps;) {
-    const bool two = tap + 1 < taps && (tap + 1) / group == tap / group;
-    pairs.push_back({{offset(tap), offset(two ? tap + 1 : tap)}, tap / group});
-    tap += two ? 2 : 1;
-  }
-  return pairs;
-}
-
 int64_t conv_layout_bytes(const ConvShape& shape, Isa isa) try {
   return valid(shape) && has_variant(shape, isa) ? layout_bytes_of(shape, isa) : -1;
 } catch (const std::bad_alloc&) {
@@ -302,7 +245,7 @@ Status conv_pack(const ConvShape& s, Isa isa, const uint8_t* codes, const float*
     zero = wide_zero.data();
   }
   if (s.depthwise()) {
-    pack_depthwise(s, codes, scale, zero, base, &header);
+    pack_depthwise(s, codes, scale, zero, base);
   } else {
     header.merged = uniform_code_zero(s, zero) ? mergeable_groups(s, isa) : 1;
     const ConvShape run = merged_shape(s, header.merged);
@@ -345,13 +288,12 @@ Status conv_layout_read(const void* layout, int64_t bytes, ConvLayout* out) {
     const bool sound = header.view_bytes >= 0 && header.view_bytes <= fit && header.view_bytes % kAlign == 0;
     return sound ? Status::ok : Status::wrong_layout;
   }
-  const DepthwiseParts at = depthwise_parts(s, static_cast<int64_t>(conv_tap_pairs(s, 0).size()));
+  const DepthwiseParts at = depthwise_parts(s);
   if (at.end != header.bytes) return Status::wrong_layout;
-  out->weight = reinterpret_cast<const int16_t*>(base + at.weight);
+  out->weight = reinterpret_cast<const float*>(base + at.weight);
+  out->codes = base + at.codes;
   out->scale = reinterpret_cast<const float*>(base + at.scale);
-  out->zero_scale = header.integer_zeros ? nullptr : reinterpret_cast<const float*>(base + at.zero_scale);
   out->zero = reinterpret_cast<const float*>(base + at.zero);
-  out->int16_sums = header.int16_sums != 0;
   return Status::ok;
 }
 

@@ -3,8 +3,8 @@
 // The input is rounded once to int8 NHWC with its padding written in (quantize_images.h). An output
 // pixel's row is then a pointer to its top left input pixel; the pieces of K are the kernel's rows
 // (or taps, where dilation or channel groups break the run of bytes). A 1x1 convolution is a linear
-// layer over pixels, each with a scale of its own. Depthwise convolutions go to a kernel of their own
-// (depthwise_conv.h).
+// layer over pixels, each with a scale of its own. Depthwise convolutions keep float inputs and go to
+// a kernel of their own (depthwise_conv.h).
 //
 // A packed weight is one flat, position-independent buffer, as in lowbit_linear.h: never on disk.
 #pragma once

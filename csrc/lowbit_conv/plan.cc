@@ -59,11 +59,7 @@ Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64
   plan->out_w = conv_out_width(s, width);
   plan->groups = conv_summed_groups(s);
   plan->by_pixel = plan->layout.shape.by_pixel();
-  if (s.depthwise()) {
-    plan->pairs = conv_tap_pairs(s, plan->padded_w * s.in_channels);
-    return Status::ok;
-  }
-  return plan_views(plan);
+  return s.depthwise() ? Status::ok : plan_views(plan);
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;
 }

@@ -81,17 +81,40 @@ Status quantize_pixels(const ConvPlan& plan, const ConvInput& in, int8_t* q, flo
   return static_cast<Status>(worst.load());
 }
 
+ConvInput copy_channels_last(const ConvInput& in, int64_t channels, float* to) {
+  const int64_t row_floats = in.width * channels;
+  for_each_shared(in.images * in.height, in.images * in.height * row_floats > (1 << 16), [&](int64_t row) {
+    const float* x = in.x + row / in.height * in.stride_n + row % in.height * in.stride_h;
+    float* y = to + row * row_floats;
+    for (int64_t w = 0; w < in.width; ++w) {
+      for (int64_t c = 0; c < channels; ++c) y[w * channels + c] = x[w * in.stride_w + c * in.stride_c];
+    }
+  });
+  return {to, in.images, in.height, in.width, in.height * row_floats, 1, row_floats, channels};
+}
+
 }  // namespace
 
-int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images) { return parts_of(plan, images).end; }
+int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images, bool channels_last) {
+  if (!plan.layout.run.depthwise()) return parts_of(plan, images).end;
+  const int64_t pixels = images * plan.height * plan.width;
+  ScratchPlan sizes;
+  sizes.add<float>(channels_last ? 1 : pixels * plan.layout.run.in_channels);  // no bytes would be no memory
+  return sizes.bytes();
+}
 
 Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out) {
   const ConvShape& s = plan.layout.run;
+  if (s.depthwise()) {
+    *out = {input.images, nullptr, nullptr, nullptr, input};
+    if (input.stride_c != 1) out->floats = copy_channels_last(input, s.in_channels, reinterpret_cast<float*>(memory));
+    return Status::ok;
+  }
   const Parts at = parts_of(plan, input.images);
   auto* q = reinterpret_cast<int8_t*>(memory + at.q);
   auto* scale = reinterpret_cast<float*>(memory + at.scale);
   auto* sums = reinterpret_cast<int32_t*>(memory + at.sums);
-  *out = {input.images, q, scale, sums};
+  *out = {input.images, q, scale, sums, {}};
   if (plan.by_pixel) return quantize_pixels(plan, input, q, scale, sums);
   QuantizeImagesArgs args;
   args.x = input.x;

@@ -219,12 +219,14 @@ class ConvGeometry:
         """Columns of the weight's matrix."""
         return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
-    @property
-    def rounded_together(self) -> tuple[int, ...]:
-        """The dimensions of an input [n, c, h, w] that share one int8 scale in the packed form.
+    def rounded_together(self, out_channels: int) -> tuple[int, ...]:
+        """The dimensions of an input [n, c, h, w] that share one int8 scale in the packed form; () if it stays float.
 
-        A 1x1 convolution is a linear layer over pixels, and each pixel has a scale of its own; else an image has one.
+        A 1x1 convolution is a linear layer over pixels, and each pixel has a scale of its own; else an image has one. A
+        depthwise convolution, which memory bounds, takes floats.
         """
+        if 1 < self.groups == self.in_channels == out_channels:
+            return ()
         padded = self.padding_mode == "zeros" and any(self.sides)
         return (-3,) if self.kernel_size == (1, 1) and self.groups == 1 and not padded else (-3, -2, -1)
 

@@ -179,8 +179,9 @@ std::vector<float> forward(const Weights& w, const Images& images, bool bias, Is
 std::vector<double> exact(const Weights& w, const Images& images, bool bias) {
   const ConvShape& s = w.shape;
   const QuantizedImages q = quantize(images, 0, images.channels, Isa::reference);
-  // As the kernels see it: rounded image by image, or pixel by pixel.
+  // As the kernels see it: rounded image by image or pixel by pixel, or as it is.
   const auto activations = [&](int64_t n, int64_t h, int64_t w, int64_t c) {
+    if (s.depthwise()) return static_cast<double>(images.at(n, c, h, w));
     if (!s.by_pixel()) {
       const auto at = static_cast<size_t>(((n * images.height + h) * images.width + w) * images.channels + c);
       return static_cast<double>(q.q[at]) * static_cast<double>(q.scale[static_cast<size_t>(n)]);

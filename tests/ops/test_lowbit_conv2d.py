@@ -114,9 +114,10 @@ def exact(case: Case) -> tuple[Tensor, Tensor]:
     geometry = ConvGeometry(
         in_channels=case.in_channels, kernel_size=case.kernel_size, padding=case.padding, groups=case.groups
     )
-    maximum = x.abs().amax(geometry.rounded_together, keepdim=True)
+    together = geometry.rounded_together(case.weight.out_features)
+    maximum = x.abs().amax(together, keepdim=True) if together else torch.full_like(x, 127.0)
     to_code = torch.tensor(127.0) / maximum  # a plain number would be multiplied by the reciprocal
-    activations = torch.round(x * to_code).double()
+    activations = torch.round(x * to_code).double() if together else x.double()
     group = torch.arange(w.in_features) // w.group_size
     scale, zero, codes = w.scale.double()[:, group], w.zero.double()[:, group], w.codes.double()
 

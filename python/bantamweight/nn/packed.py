@@ -189,7 +189,10 @@ class PackedLinear(PackedLayer):
 
 
 class PackedConv2d(PackedLayer):
-    """`nn.Conv2d` on a low-bit kernel; inputs are rounded to int8 image by image, outputs are channels last.
+    """`nn.Conv2d` on a low-bit kernel; outputs are channels last.
+
+    Inputs are rounded to int8 image by image, those of a 1x1 convolution without padding pixel by pixel; those of a
+    depthwise convolution stay float.
 
     Example:
         >>> import torch

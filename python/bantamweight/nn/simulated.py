@@ -54,8 +54,8 @@ class _RoundToInt16(torch.autograd.Function):
 
 
 def simulate_int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """x as the kernels see it: rounded to ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`, ties to even."""
-    if x.numel() == 0:
+    """x as the kernels see it: rounded to ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`, ties to even; as it is for no `dims`."""
+    if x.numel() == 0 or not dims:
         return x
     return _RoundToInt8.apply(x, dims)  # type: ignore[return-value]
 
@@ -248,7 +248,7 @@ class SimulatedConv2d(SimulatedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            x = simulate_int8(x, self.geometry.rounded_together)
+            x = simulate_int8(x, self.geometry.rounded_together(self.out_channels))
         if self.padding_mode == "zeros":
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         x = F.pad(x, self.geometry.sides, mode=self.padding_mode)

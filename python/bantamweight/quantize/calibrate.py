@@ -141,7 +141,9 @@ def build_problem(
             held_out = torch.randperm(analog.shape[0], generator=generator) < aside_count
         aside = held_out[drawn // (count // analog.shape[0])] if count else drawn.bool()
         if config.activation_bits is not None:
-            dims = (-1,) if isinstance(layer, nn.Linear) else ConvGeometry.of(layer).rounded_together
+            dims = (
+                (-1,) if isinstance(layer, nn.Linear) else ConvGeometry.of(layer).rounded_together(layer.out_channels)
+            )
             quantized = simulate_int8(quantized, dims)
         gather = _gather_patches if isinstance(layer, nn.Conv2d) else _gather_rows
         chunk = max(1, _CHUNK_FLOATS // max(1, weight.shape[0] * weight.shape[1]))
