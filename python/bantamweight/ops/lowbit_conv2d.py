@@ -3,8 +3,8 @@
 The input is rounded to int8 once, each image against its own absolute maximum over all channels, and
 the linear kernel runs over rows of it given by pointers: there is no im2col buffer. A 1x1 convolution
 without padding is a linear layer over pixels, each rounded against its own maximum. Depthwise
-convolutions, which memory bounds, have a kernel of their own on float inputs. The output is channels last, which the next convolution reads
-fastest.
+convolutions, which memory bounds, have a kernel of their own on float inputs. The output is channels
+last, which the next convolution reads fastest.
 
 `nn.PackedConv2d` calls `run_conv2d` in eager mode; under torch.compile and torch.export it calls
 ``torch.ops.bantamweight.lowbit_conv2d``, which this file defines with a fake implementation.
