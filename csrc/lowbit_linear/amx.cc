@@ -501,7 +501,7 @@ void expand_block(const KPiece* pieces, int64_t piece_count, const uint8_t* bloc
 }
 
 constexpr LinearKernel kernel = {Isa::amx,     64,  block_bytes, lane_factor,  pack_block,
-                                 unpack_block, run, run_blocks,  expand_block, 64};
+                                 unpack_block, run, run_blocks,  expand_block, 128};
 
 }  // namespace
 

@@ -4,8 +4,9 @@ python tests/csrc/instruction_counts.py BUILD_DIRECTORY [--record]
 
 Disassembles the kernels of a CMake build and looks at every loop that multiplies: the smallest loop
 around each product instruction. Against what `instruction_counts.json` holds for the same compiler, a
-loop that has more instructions or more products is a failure. A compiler of another version makes
-other code, so nothing is compared then, and the sentence says so.
+loop that has over 5% more instructions, or more products, is a failure. A function that was inlined
+elsewhere or has other loops is named but is no failure: look at it and record it. A compiler of
+another version makes other code, so nothing is compared then, and the sentence says so.
 """
 
 import argparse
@@ -25,6 +26,8 @@ FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+([a-z][\w.]*)\s*(.*)$")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
 JUMPS = ("j", "b.", "cb", "tb")
+
+SLACK = 0.05  # what the compiler's allocation of registers may add where nothing was meant to change
 
 Loops = dict[str, list[list[int]]]  # by function: [instructions, products] of each loop
 
@@ -86,17 +89,19 @@ def count(build: Path) -> dict[str, Loops]:
     return counts
 
 
-def compare(recorded: dict[str, Loops], counted: dict[str, Loops]) -> list[str]:
-    """A sentence for each loop that grew or has no record, and for each record without a loop."""
-    wrong = []
+def compare(recorded: dict[str, Loops], counted: dict[str, Loops]) -> tuple[list[str], list[str]]:
+    """A sentence for each function whose loops grew, and for each that is not there to be compared."""
+    grown, other = [], []
     for kernel in sorted(recorded.keys() | counted.keys()):
         before, now = recorded.get(kernel, {}), counted.get(kernel, {})
         for function in sorted(before.keys() | now.keys()):
             old, new = before.get(function, []), now.get(function, [])
-            grown = any(n[0] > o[0] or n[1] > o[1] for o, n in zip(old, new, strict=False))
-            if len(old) != len(new) or grown:
-                wrong.append(f"{kernel} {function}: [instructions, products] of its loops were {old}, are {new}")
-    return wrong
+            sentence = f"{kernel} {function}: [instructions, products] of its loops were {old}, are {new}"
+            if len(old) != len(new):
+                other.append(sentence)
+            elif any(n[0] > o[0] * (1 + SLACK) + 1 or n[1] > o[1] for o, n in zip(old, new, strict=True)):
+                grown.append(sentence)
+    return grown, other
 
 
 def record(compiler: str, counted: dict[str, Loops]) -> None:
@@ -131,10 +136,11 @@ def main() -> None:
         print("  instruction counts not compared: there is no objdump; it comes with binutils")
         return
     counted = count(arguments.build)
-    wrong = compare(everything[compiler], counted)
+    grown, other = compare(everything[compiler], counted)
     loops = sum(len(sizes) for kernel in counted.values() for sizes in kernel.values())
-    print("\n".join(wrong) if wrong else f"  instruction counts of {loops} loops as recorded for {compiler}, or lower")
-    if wrong:
+    print("\n".join(f"  not compared: {sentence}" for sentence in other), end="\n" if other else "")
+    print("\n".join(grown) if grown else f"  instruction counts of {loops} loops are those recorded for {compiler}")
+    if grown:
         sys.exit(f"if that is meant, record it: python {Path(__file__).name} {arguments.build} --record")
 
 

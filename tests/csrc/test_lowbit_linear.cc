@@ -261,7 +261,7 @@ void over_pieces(Isa isa) {
   for (int round = 0; round < 88; ++round) {
     const bool ternary = round >= 80;  // wide and tall enough for tables over the batch
     const int bits = ternary ? 2 : (const int[]){2, 3, 4, 8}[round % 4];
-    const int64_t m = ternary ? 12 + random.below(40) : 1 + random.below(round % 5 == 0 ? 90 : 7),
+    const int64_t m = ternary ? 12 + random.below(40) : 1 + random.below(round % 5 == 0 ? 150 : 7),
                   n = ternary ? 128 + random.below(70) : 1 + random.below(round % 7 == 0 ? 200 : 40),
                   groups = 1 + random.below(3);
     std::vector<KPiece> pieces;
