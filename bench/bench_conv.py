@@ -1,4 +1,4 @@
-"""Packed convolutions against torch's fp32 (oneDNN, channels last), alternating in one process.
+"""Packed convolutions against torch's fp32 and bf16 (oneDNN, channels last), alternating in one process.
 
     python bench/bench_conv.py [--model resnet20 resnet50 mobilenet] [--batch 1 16] [--bits 4] [--threads N] [--json]
 
@@ -84,6 +84,7 @@ class Row:
     ours_median_us: float
     torch_us: float
     torch_median_us: float
+    bf16_us: float  # the minimum; bfloat16 inputs, weights and outputs
     ratio: float  # torch / ours, of the minima
     gops: float  # of ours, two operations a multiply-add
 
@@ -120,15 +121,23 @@ def measure(model: str, spec: Layer, batch: int, bits: int, kernel: str | None, 
     def peer() -> torch.Tensor:
         return F.conv2d(x, dense, bias, stride, padding, 1, spec.groups)
 
+    half_x, half_bias = x.to(torch.bfloat16), bias.to(torch.bfloat16)
+    half = dense.to(torch.bfloat16)
+
+    def peer_bf16() -> torch.Tensor:
+        return F.conv2d(half_x, half, half_bias, stride, padding, 1, spec.groups)
+
     y, expected = ours(), peer()
+    peer_bf16()
     error = float((y - expected).norm() / expected.norm())
     if error > 0.03:
         raise SystemExit(f"{spec.name}: relative error {error:.3f} to torch; the kernel is wrong")
-    times: tuple[list[float], list[float]] = ([], [])
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
         times[0].append(timed(ours))
         times[1].append(timed(peer))
+        times[2].append(timed(peer_bf16))
     ours_us, torch_us = min(times[0]), min(times[1])
     macs = y.numel() * columns
     groups = f" g{spec.groups}" if spec.groups > 1 else ""
@@ -142,6 +151,7 @@ def measure(model: str, spec: Layer, batch: int, bits: int, kernel: str | None, 
         ours_median_us=statistics.median(times[0]),
         torch_us=torch_us,
         torch_median_us=statistics.median(times[1]),
+        bf16_us=min(times[2]),
         ratio=torch_us / ours_us,
         gops=2e-3 * macs / ours_us,
     )
@@ -163,7 +173,7 @@ def main() -> None:
     if not args.json:
         print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {args.threads} threads")
         print(f"{'model':10}{'layer':13}{'shape':28}{'batch':>6}  {'kernel':12}", end="")
-        print(f"{'ours us':>9}{'median':>9}{'torch us':>10}{'median':>9}{'ratio':>7}{'GOPS':>7}")
+        print(f"{'ours us':>9}{'median':>9}{'torch us':>10}{'median':>9}{'bf16 us':>9}{'ratio':>7}{'GOPS':>7}")
     with torch.inference_mode():
         for model in args.model:
             for batch in args.batch:
@@ -174,7 +184,9 @@ def main() -> None:
                         continue
                     print(f"{row.model:10}{row.layer:13}{row.shape:28}{row.batch:>6}  {row.kernel:12}", end="")
                     print(f"{row.ours_us:>9.1f}{row.ours_median_us:>9.1f}{row.torch_us:>10.1f}", end="")
-                    print(f"{row.torch_median_us:>9.1f}{row.ratio:>7.2f}{row.gops:>7.0f}", flush=True)
+                    print(
+                        f"{row.torch_median_us:>9.1f}{row.bf16_us:>9.1f}{row.ratio:>7.2f}{row.gops:>7.0f}", flush=True
+                    )
     if args.json:
         print(json.dumps({"threads": args.threads, "torch": torch.__version__, "rows": rows}, indent=1))
 

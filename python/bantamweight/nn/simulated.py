@@ -54,7 +54,7 @@ class _RoundToInt16(torch.autograd.Function):
 
 
 def simulate_int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """x as the kernels see it: ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`, ties to even; x for no `dims`."""
+    """x as the kernels see it: ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`; x for no `dims`."""
     if x.numel() == 0 or not dims:
         return x
     return _RoundToInt8.apply(x, dims)  # type: ignore[return-value]
