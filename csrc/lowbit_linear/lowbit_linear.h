@@ -180,6 +180,8 @@ struct LinearKernel {
   // Channels that one call of run_blocks should get where the layer has them, because they share what
   // the call does for its rows.
   int64_t channels_at_once = 0;
+  // Activations that run between two loads of the weights from beyond L2, where they stay meanwhile.
+  int64_t activation_bytes = 384 << 10;
 };
 
 // Null if this build has no such variant.

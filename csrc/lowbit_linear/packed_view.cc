@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "lowbit_linear/lowbit_linear.h"
+#include "runtime/fresh_pages.h"
 #include "runtime/scratch.h"
 #include "runtime/threads.h"
 
@@ -212,15 +213,14 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   // A chunk is some rows, whose activations stay in L2, against some blocks, whose codes stay there
   // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
   // two, so that one which was preempted holds the others up little.
-  constexpr int64_t kActivationBytes = 384 << 10, kWeightBytes = 512 << 10, kOutputBytes = 512 << 10,
-                    kHalvesBytes = 1 << 20;
+  constexpr int64_t kWeightBytes = 512 << 10, kOutputBytes = 512 << 10, kHalvesBytes = 1 << 20;
   constexpr int64_t kMinMacs = 1 << 17, kMaxMacs = 1 << 28;
   // Below this, about 2 us of work, waking a second thread costs as much as it saves.
   constexpr int64_t kMinParallelMacs = 1 << 19;
   const int64_t block_n = view.kernel->block_n, blocks = blocks_of(*view.kernel, view.n);
   int64_t k = 0;
   for (int64_t p = 0; p < view.piece_count; ++p) k += view.pieces[p].k_size;
-  int64_t rows_fit = std::max<int64_t>(64, kActivationBytes / std::max<int64_t>(1, k) / 64 * 64);
+  int64_t rows_fit = std::max<int64_t>(64, view.kernel->activation_bytes / std::max<int64_t>(1, k) / 64 * 64);
   const EpilogueKernel* epilogue_of_chunk = nullptr;
   if (!epilogue.empty()) {  // which reads the outputs again: they stay in L2, too
     epilogue_of_chunk = epilogue_kernel(view.kernel->isa);
@@ -275,6 +275,8 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
     if (epilogue.residual != nullptr) args.epilogue.residual += y_row * epilogue.ldr + first;
     epilogue_of_chunk->run(args);
   };
+  const int64_t outputs = halves ? row_count / 2 : row_count;
+  map_fresh_pages(y, outputs == 0 ? 0 : ((outputs - 1) * ldy + view.n) * static_cast<int64_t>(sizeof(float)));
   for_each_shared(chunks, threads > 1, run_chunk);
   return lacks_memory.load() ? Status::out_of_memory : Status::ok;
 }
