@@ -87,16 +87,17 @@ void check_mode(const Input& in, const Rounded& out) {
     for (int64_t k = 0; k < in.k; ++k) {
       const int64_t first = halves ? 0 : k / in.group_size * in.group_size;
       const int64_t last = halves ? in.k : std::min(in.k, first + in.group_size);
-      double max = 0.0, value = 0.0;
+      float max = 0.0f;
+      double value = 0.0;
       for (int64_t i = first; i < last; ++i) max = std::fmax(max, std::fabs(in.x[r * in.ldx + i]));
       for (int64_t h = r * per_row; h < (r + 1) * per_row; ++h) {
         const int q = out.q[static_cast<size_t>(h * padded + k)];
         CHECK(q >= -127 && q <= 127);
         value += static_cast<double>(out.scale[static_cast<size_t>(halves ? h : r * groups + k / in.group_size)]) * q;
       }
-      const double step = max / (halves ? 127.0 * 254.0 : 127.0);
+      const double step = static_cast<double>(max) / (halves ? 127.0 * 254.0 : 127.0);
       const double error = std::fabs(value - static_cast<double>(in.x[r * in.ldx + k]));
-      CHECK_NOTE(error <= 0.51 * step || max < 1e-33, "%g instead of %g", value,
+      CHECK_NOTE(error <= 0.51 * step || max < 1e-33f, "%g instead of %g", value,
                  static_cast<double>(in.x[r * in.ldx + k]));
     }
     for (int64_t h = r * per_row; h < (r + 1) * per_row; ++h) {
