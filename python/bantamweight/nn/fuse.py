@@ -251,7 +251,10 @@ class _Chain:
             self.value[node] = step
             return alone  # else a ReLU behind one of the names would change what the other is
         if (pool := _pooling(node, module)) is not None:
-            return self._append(node, _Step(kind="max_pool", input=step, **pool))
+            size, stride, padding = pool
+            return self._append(
+                node, _Step(kind="max_pool", input=step, kernel_size=size, stride=stride, padding=padding)
+            )
         if (flattens := _average(node, module)) is not None:
             if flattens:
                 self.flat.add(node)
@@ -309,8 +312,10 @@ def _given(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _pooling(node: fx.Node, module: nn.Module | None) -> dict[str, tuple[int, int]] | None:
-    """The arguments of a max pooling that the kernel has."""
+def _pooling(
+    node: fx.Node, module: nn.Module | None
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
+    """Kernel size, stride and padding of a max pooling that the kernel has."""
     if isinstance(module, nn.MaxPool2d):
         size, stride, padding = module.kernel_size, module.stride, module.padding
         if pair(module.dilation) != (1, 1) or module.ceil_mode or module.return_indices:
@@ -322,7 +327,7 @@ def _pooling(node: fx.Node, module: nn.Module | None) -> dict[str, tuple[int, in
             return None
     else:
         return None
-    return {"kernel_size": pair(size), "stride": pair(stride or size), "padding": pair(padding)}
+    return pair(size), pair(stride or size), pair(padding)
 
 
 def _average(node: fx.Node, module: nn.Module | None) -> bool | None:
