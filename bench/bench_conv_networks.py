@@ -269,7 +269,7 @@ def our_candidates(network: nn.Module, x: Tensor, bits: int) -> list[Candidate]:
     quantized = bw.quantize(network, bw.RoundToNearest(bits=bits), calibration=torch.randn_like(x[:2]), progress=False)
     packed = bw.pack(quantized)
     last = x.contiguous(memory_format=torch.channels_last)
-    fused, _ = bw.nn.fuse_convolutions(packed)
+    fused = bw.nn.fuse(packed)
     return [
         Candidate(f"packed W{bits}A8", lambda: packed(last), ours=True),
         Candidate(f"packed W{bits}A8 fused", lambda: fused(last), ours=True),

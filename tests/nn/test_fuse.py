@@ -1,192 +1,158 @@
-"""Chains of packed convolutions against the single layers they are made of."""
+"""Fused transformer blocks equal the packed ones they replace."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import bantamweight as bw
 import pytest
 import torch
 from bantamweight.errors import BantamweightError
-from bantamweight.nn import PackedConv2d, PackedConvChain, fuse_convolutions
+from bantamweight.nn import FusedBertLayer, FusedEncoderLayer, PackedLinear, fuse
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+WIDTH, HEADS = 32, 4
 
-class Residual(nn.Module):
-    """Every pattern that a chain takes: both orders of a sum, a shortcut convolution, a parameter-free one, pooling."""
 
+class SelfAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.pool = nn.Conv2d(3, 16, 7, 2, 3), nn.MaxPool2d(3, 2, 1)
-        self.reduce, self.middle = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 3, 2, 1)
-        self.expand, self.shortcut = nn.Conv2d(8, 24, 1), nn.Conv2d(16, 24, 1, 2)
-        self.grouped, self.depthwise = nn.Conv2d(24, 32, 3, 2, 1, groups=2), nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.relu, self.dropout = nn.ReLU(), nn.Dropout(0.5)
-        self.average, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        self.head = nn.Linear(32, 5)
+        self.num_attention_heads, self.attention_head_size = HEADS, WIDTH // HEADS
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        q, k, v = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        scores = q @ k.transpose(-1, -2) / (WIDTH // HEADS) ** 0.5
+        probabilities = (scores if mask is None else scores + mask).softmax(-1)
+        return (probabilities @ v).transpose(1, 2).flatten(2), None
+
+
+class Output(nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.dense, self.LayerNorm = nn.Linear(inputs, WIDTH), nn.LayerNorm(WIDTH, eps=1e-12)
+        nn.init.normal_(self.LayerNorm.weight, 1.0, 0.1)
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(h) + x)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self, self.output = SelfAttention(), Output(WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.output(self.self(x, mask)[0], x)
+
+
+class Intermediate(nn.Module):
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.dense, self.intermediate_act_fn = nn.Linear(WIDTH, 80), activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.relu(self.stem(x)))
-        y = self.expand(F.relu(self.middle(torch.relu(self.reduce(x)))))
-        x = self.relu(y + self.shortcut(x))
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 5))
-        x = (shortcut + self.grouped(x)).relu()
-        x = torch.add(self.relu(self.depthwise(x)), x)  # the ReLU comes before the sum
-        return self.head(self.flatten(self.average(self.dropout(x))))
+        return self.intermediate_act_fn(self.dense(x))
 
 
-def packed(net: nn.Module, x: Tensor, scheme: str = "W4") -> nn.Module:
-    return bw.pack(bw.quantize(net.eval(), bw.RoundToNearest(bits=int(scheme[1:])), calibration=x, progress=False))
+class Block(nn.Module):
+    """BERT's block (Devlin et al. 2019, arXiv 1810.04805) under the attribute names of the transformers package."""
 
-
-@pytest.fixture(scope="module")
-def residual() -> nn.Module:
-    torch.manual_seed(0)
-    return packed(Residual(), torch.randn(4, 3, 40, 32))
-
-
-KERNELS = [name for name, missing in bw._C.linear_variants() if not missing]
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_equals_the_layers(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
-    torch.manual_seed(1)
-    model = packed(Residual(), torch.randn(4, 3, 40, 32))
-    assert isinstance(model.stem, PackedConv2d) and model.stem.kernel == kernel
-    fused, names = fuse_convolutions(model)
-    assert names == ["stem", "reduce", "middle", "expand", "shortcut", "grouped", "depthwise"]
-    assert [type(child) for _, child in fused.named_children()] == [PackedConvChain, type(model.head)]
-    for images in (1, 2, 3, 7):
-        for size in ((40, 32), (33, 51)):
-            for memory_format in (torch.contiguous_format, torch.channels_last):
-                x = torch.randn(images, 3, *size).contiguous(memory_format=memory_format)
-                chain: Any = fused.conv_chain_0
-                alone = chain._run_layers(x)  # the average differs by float rounding, all else is equal
-                assert torch.allclose(chain(x), alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()))
-                assert torch.allclose(fused(x), model(x), rtol=0, atol=2e-2 * float(model(x).abs().max()))
-
-
-def test_feature_maps_are_equal_to_the_last_bit() -> None:
-    torch.manual_seed(2)
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.third = (nn.Conv2d(n, 20, 3, padding=1) for n in (5, 20, 20))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.relu(self.first(x), inplace=True)
-            return F.max_pool2d(F.relu(self.third(F.relu(self.second(x))) + x), 2)
-
-    x = torch.randn(5, 5, 11, 14)
-    model = packed(Block(), x)
-    fused, names = fuse_convolutions(model)
-    assert names == ["first", "second", "third"]
-    y = fused(x)
-    assert torch.equal(y, model(x))
-    assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_and_batches(residual: nn.Module, threads: int) -> None:
-    fused, _ = fuse_convolutions(residual)
-    before = torch.get_num_threads()
-    x = torch.randn(8, 3, 40, 32)
-    one_by_one = torch.cat([fused(image) for image in x.split(1)])
-    torch.set_num_threads(threads)
-    try:
-        for images in range(1, 9):
-            # Rounding images together or alone is the same; so are sums shared out otherwise.
-            assert torch.allclose(fused(x[:images]), one_by_one[:images], rtol=1e-5, atol=1e-6)
-    finally:
-        torch.set_num_threads(before)
-
-
-def sequential(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*layers)
-
-
-@pytest.mark.parametrize(
-    ("build", "names"),
-    [
-        (sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), ["0"]),
-        (sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)), []),  # no two steps in a row
-        (sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)), ["2", "4"]),
-        (sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), []),
-        (sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, ceil_mode=True)), []),
-        (sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, dilation=2)), []),
-        (sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2)), []),
-        (sequential(nn.ReLU(), nn.Linear(20, 4)), []),
-    ],
-)
-def test_what_is_fused(build: Callable[[], nn.Module], names: list[str]) -> None:
-    torch.manual_seed(3)
-    x = torch.randn(3, 3, 20, 20)
-    model = packed(build(), x)
-    fused, found = fuse_convolutions(model)
-    assert found == names
-    assert torch.equal(fused(x), model(x))
-
-
-class TwoOutputs(nn.Module):
-    """A feature map that is read outside as well ends the chain there."""
-
-    def __init__(self) -> None:
+    def __init__(self, activation: Any = F.gelu) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.attention, self.intermediate, self.output = Attention(), Intermediate(activation), Output(80)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.second(self.first(x).relu())
-        return y, self.third(y).relu()
-
-
-def test_a_value_that_leaves_cuts_the_chain() -> None:
-    torch.manual_seed(4)
-    x = torch.randn(2, 3, 12, 12)
-    model = packed(TwoOutputs(), x)
-    fused, names = fuse_convolutions(model)
-    assert names == ["first", "second", "third"]
-    assert [type(child) for _, child in fused.named_children()] == [PackedConvChain, PackedConvChain]
-    for ours, theirs in zip(fused(x), model(x), strict=True):
-        assert torch.equal(ours, theirs)
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+    ) -> tuple[Tensor, ...]:
+        h = self.attention(hidden_states, attention_mask)
+        y = self.output(self.intermediate(h), h)
+        return (y, torch.zeros(1)) if output_attentions else (y, None)  # type: ignore[return-value]
 
 
-def test_other_inputs_and_copies(residual: nn.Module) -> None:
-    fused, _ = fuse_convolutions(residual)
-    x = torch.randn(2, 3, 40, 32)
-    chain: Any = fused.conv_chain_0
-    y = chain(x)
-    assert torch.equal(copy.deepcopy(fused).conv_chain_0(x), y)  # type: ignore[operator]
-    half = chain(x.bfloat16())
-    assert half.dtype is torch.bfloat16 and torch.allclose(half.float(), y, rtol=0.1, atol=0.1 * float(y.abs().max()))
-    assert chain(x[:0]).shape == (0, *y.shape[1:])
-    scattered = torch.stack([x, x], dim=-1)[..., 0]
-    assert torch.equal(chain(scattered), y)
+class Encoder(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.layer:
+            x = block(x, mask)[0]
+        return x
 
 
-def test_refusals(residual: nn.Module) -> None:
-    fused, _ = fuse_convolutions(residual)
-    chain: Any = fused.conv_chain_0
-    with pytest.raises(BantamweightError, match="takes inputs"):
-        chain(torch.randn(1, 4, 40, 32))
-    with pytest.raises(BantamweightError, match="NaN or infinity"):
-        chain(torch.full((1, 3, 40, 32), float("nan")))
-    with pytest.raises(BantamweightError, match="gradient"):
-        chain(torch.randn(1, 3, 40, 32, requires_grad=True))
+def packed(model: nn.Module, *inputs: Tensor) -> nn.Module:
+    return bw.pack(bw.quantize(model.eval(), bw.RoundToNearest(bits=4), calibration=inputs[0]))
 
 
-def test_what_cannot_be_traced_stays() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+def assert_close(a: Tensor, b: Tensor) -> None:
+    assert float((a - b).norm()) <= 5e-3 * float(b.norm())
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x).relu() if float(x.sum()) > 0 else self.conv(x)
 
-    x = torch.rand(2, 3, 8, 8)
-    model = packed(Branching(), x)
-    fused, names = fuse_convolutions(model)
-    assert names == [] and torch.equal(fused(x), model(x))
+@pytest.mark.parametrize("activation", [F.gelu, nn.GELU("tanh"), nn.ReLU()])
+@torch.no_grad()
+def test_bert_blocks(activation: Any) -> None:
+    x = torch.randn(3, 6, WIDTH)
+    model = packed(Encoder(Block(activation), Block(activation)), x)
+    fused = fuse(model)
+    assert [record.reason for record in fused.fusion.records] == [None, None]  # type: ignore[union-attr]
+    assert all(isinstance(block, FusedBertLayer) for block in fused.layer)  # type: ignore[union-attr]
+    assert_close(fused(x), model(x))
+    mask = torch.zeros(3, 1, 1, 6)
+    mask[0, ..., 4:] = -1e9
+    assert_close(fused(x, mask), model(x, mask))
+    assert not torch.equal(fused(x, mask), fused(x))
+    assert torch.equal(copy.deepcopy(fused)(x), fused(x))
+    block = fused.layer[0]  # type: ignore[index]
+    assert block(x)[1] is None and block(x, None, output_attentions=True)[1] is not None
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@torch.no_grad()
+def test_torch_encoder_layers(norm_first: bool, activation: str) -> None:
+    block = nn.TransformerEncoderLayer(WIDTH, HEADS, 64, activation=activation, batch_first=True, norm_first=norm_first)
+    x = torch.randn(3, 7, WIDTH)
+    model = packed(nn.TransformerEncoder(block, 2, enable_nested_tensor=False), x)
+    fused = fuse(model)
+    assert all(isinstance(part, FusedEncoderLayer) for part in fused.layers)  # type: ignore[union-attr]
+    assert_close(fused(x), model(x))
+    padding = torch.zeros(3, 7, dtype=torch.bool)
+    padding[1, 5:] = True
+    assert_close(fused(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding))
+    causal = nn.Transformer.generate_square_subsequent_mask(7)
+    assert_close(fused(x, mask=causal, is_causal=True), model(x, mask=causal, is_causal=True))
+
+
+@torch.no_grad()
+def test_what_cannot_be_fused_stays_and_says_why() -> None:
+    x = torch.randn(2, 4, WIDTH)
+    model = packed(Encoder(Block(), Block(torch.sin), Block()), x)
+    model.layer[2].output.dense = nn.Linear(80, WIDTH)  # type: ignore[index, union-attr]
+    fused = fuse(model)
+    kinds = [type(block).__name__ for block in fused.layer]  # type: ignore[union-attr]
+    assert kinds == ["FusedBertLayer", "Block", "Block"]
+    report = str(fused.fusion)
+    assert "its activation" in report and "its output.dense is a Linear, not a PackedLinear" in report
+    assert_close(fused(x), model(x))
+
+
+class Scaled(Block):
+    """Looks like BERT's block and is none."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> tuple[Tensor, ...]:
+        return (2 * super().forward(hidden_states, attention_mask)[0], None)  # type: ignore[return-value]
+
+
+def test_refuses_with_a_sentence() -> None:
+    x = torch.randn(2, 4, WIDTH)
+    with pytest.raises(BantamweightError, match=r"nothing in this Linear can be fused: it has no nn\.Transformer"):
+        fuse(nn.Linear(3, 3))
+    with pytest.raises(BantamweightError, match=r"its attention\.self\.query is a Linear, not a PackedLinear"):
+        fuse(Encoder(Block()))
+    with pytest.raises(BantamweightError, match="gives other outputs"):
+        fuse(packed(Encoder(Scaled()), x))
+    fused = fuse(packed(Encoder(Block()), x))
+    with pytest.raises(BantamweightError, match="fused already"):
+        fuse(fused)
+    assert sum(isinstance(part, PackedLinear) for part in fused.modules()) == 6

@@ -175,6 +175,15 @@ def test_a_nan_loss_with_finite_gradients_aborts_too():
     assert_same(state(model, optimizer), before)
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as at a terminal: a process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_waits_for_the_update_to_end():
     class Interrupted(torch.optim.SGD):
         def step(self, closure=None):

@@ -1,14 +1,15 @@
 """Quantized layers, simulated and packed, and the ways between them."""
 
+from .conv_chain import PackedConvChain
 from .embedding import PackedEmbedding, SimulatedEmbedding
 from .fold import fold_batchnorm
-from .fuse import PackedConvChain, fuse_convolutions
-from .fuse_transformer import FusedBertLayer, FusedEncoderLayer, FusionRecord, FusionReport, fuse
+from .fuse import FusionRecord, FusionReport, fuse
 from .fused import PackedChain, PackedFFN, PackedLinears, Stage
 from .layer import QuantizedLayer
 from .packed import PackedConv2d, PackedLayer, PackedLinear
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
 from .swap import PackedRecord, PackingReport, pack, pack_, unpack
+from .transformer_blocks import FusedBertLayer, FusedEncoderLayer
 
 __all__ = [
     "FusedBertLayer",
@@ -33,7 +34,6 @@ __all__ = [
     "Stage",
     "fold_batchnorm",
     "fuse",
-    "fuse_convolutions",
     "pack",
     "pack_",
     "unpack",

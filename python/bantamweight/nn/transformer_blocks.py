@@ -1,9 +1,7 @@
-"""Transformer blocks of packed layers, put in the place of the unfused ones of a model."""
+"""Transformer blocks whose packed layers run in a few calls."""
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,83 +11,24 @@ from ..errors import BantamweightError
 from .fused import ACTIVATIONS, PackedChain, PackedFFN, PackedLinears, Stage
 from .packed import PackedLinear
 
-M = TypeVar("M", bound=nn.Module)
 
+def fused_block(block: nn.Module) -> nn.Module | None:
+    """What runs in the place of a transformer block of packed layers; None if the module is no such block.
 
-@dataclass(frozen=True, kw_only=True)
-class FusionRecord:
-    """What became of one block: `reason` says why it stayed as it was, and is None where it is fused."""
-
-    name: str
-    block: str
-    reason: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.block} {'fused' if self.reason is None else f'as it was, {self.reason}'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FusionReport:
-    """One record a transformer block; `model.fusion` after `fuse`."""
-
-    blocks: tuple[FusionRecord, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(str(record) for record in self.blocks)
-
-
-def fuse(model: M) -> M:
-    """A copy of a packed model whose transformer blocks run as a few calls instead of one a layer.
-
-    Known are nn.TransformerEncoderLayer, of which the feed-forward half with its layer norm becomes a `PackedFFN`
-    (its attention reads a float weight and stays torch's), and blocks built as BERT's in the transformers package:
-    query, key and value become `PackedLinears`, torch's scaled_dot_product_attention follows, and everything after
-    it, up to the block's output, is one `PackedChain`.
-
-    Outputs equal the packed model's up to float rounding. ``model.fusion`` (a FusionReport) says what became of each
-    block. A fused block in training mode, or one asked for attention weights or a cache, runs as before. The state
-    dict of the copy has other names: save the packed model, and fuse what was loaded.
+    nn.TransformerEncoderLayer: the feed-forward half with its layer norm becomes a `PackedFFN` (its attention reads a
+    float weight and stays torch's). Blocks built as BERT's in the transformers package: query, key and value become
+    `PackedLinears`, torch's scaled_dot_product_attention follows, and everything after it, up to the block's output,
+    is one `PackedChain`. In training mode, or asked for attention weights or a cache, a block runs as before.
 
     Raises:
-        BantamweightError: the model has no such block, or none that can be fused.
-
-    Example:
-        >>> import torch
-        >>> import bantamweight as bw
-        >>> block = torch.nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
-        >>> small = bw.quantize(block, bw.RoundToNearest(bits=4), calibration=torch.randn(4, 5, 32))
-        >>> fused = bw.nn.fuse(bw.pack(small))
-        >>> fused(torch.randn(2, 5, 32)).shape
-        torch.Size([2, 5, 32])
+        BantamweightError: it is such a block, and cannot be fused; the sentence, which starts with "its", says why.
     """
-    if getattr(model, "fusion", None) is not None:
-        raise BantamweightError(f"this {type(model).__name__} is fused already; fuse the packed model once")
-    model = copy.deepcopy(model)
-    records: list[FusionRecord] = []
-    for name, block in list(model.named_modules()):
-        make = _maker_of(block)
-        if make is None:
-            continue
-        reason = None
-        try:
-            fused = make(block)
-            _check_equal(block, fused)
-            fused.train(block.training)
-            if name:
-                parent, _, own = name.rpartition(".")
-                setattr(model.get_submodule(parent), own, fused)
-            else:
-                model = fused  # type: ignore[assignment]  # the model is the block
-        except BantamweightError as error:
-            reason = str(error)
-        records.append(FusionRecord(name=name, block=type(block).__name__, reason=reason))
-    if not any(record.reason is None for record in records):
-        found = "; ".join(str(record) for record in records) or (
-            "it has no nn.TransformerEncoderLayer and no block with the attributes of BERT's"
-        )
-        raise BantamweightError(f"nothing in this {type(model).__name__} can be fused: {found}")
-    setattr(model, "fusion", FusionReport(blocks=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
-    return model
+    make = _maker_of(block)
+    if make is None:
+        return None
+    fused = make(block)
+    _check_equal(block, fused)
+    return fused.train(block.training)
 
 
 class FusedEncoderLayer(nn.Module):

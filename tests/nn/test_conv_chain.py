@@ -1,0 +1,199 @@
+"""Chains of packed convolutions against the single layers they are made of."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import bantamweight as bw
+import pytest
+import torch
+from bantamweight.errors import BantamweightError
+from bantamweight.nn import PackedConv2d, PackedConvChain, fuse
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+class Residual(nn.Module):
+    """Every pattern that a chain takes: both orders of a sum, a shortcut convolution, a parameter-free one, pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 16, 7, 2, 3), nn.MaxPool2d(3, 2, 1)
+        self.reduce, self.middle = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.expand, self.shortcut = nn.Conv2d(8, 24, 1), nn.Conv2d(16, 24, 1, 2)
+        self.grouped, self.depthwise = nn.Conv2d(24, 32, 3, 2, 1, groups=2), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.relu, self.dropout = nn.ReLU(), nn.Dropout(0.5)
+        self.average, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.stem(x)))
+        y = self.expand(F.relu(self.middle(torch.relu(self.reduce(x)))))
+        x = self.relu(y + self.shortcut(x))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 5))
+        x = (shortcut + self.grouped(x)).relu()
+        x = torch.add(self.relu(self.depthwise(x)), x)  # the ReLU comes before the sum
+        return self.head(self.flatten(self.average(self.dropout(x))))
+
+
+def packed(net: nn.Module, x: Tensor, scheme: str = "W4") -> nn.Module:
+    return bw.pack(bw.quantize(net.eval(), bw.RoundToNearest(bits=int(scheme[1:])), calibration=x, progress=False))
+
+
+@pytest.fixture(scope="module")
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return packed(Residual(), torch.randn(4, 3, 40, 32))
+
+
+KERNELS = [name for name, missing in bw._C.linear_variants() if not missing]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_layers(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+    torch.manual_seed(1)
+    model = packed(Residual(), torch.randn(4, 3, 40, 32))
+    assert isinstance(model.stem, PackedConv2d) and model.stem.kernel == kernel
+    fused = fuse(model)
+    names = fused.fusion.names  # type: ignore[union-attr]
+    assert names == ["stem", "reduce", "middle", "expand", "shortcut", "grouped", "depthwise"]
+    assert [type(child) for _, child in fused.named_children()] == [PackedConvChain, type(model.head)]
+    for images in (1, 2, 3, 7):
+        for size in ((40, 32), (33, 51)):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(images, 3, *size).contiguous(memory_format=memory_format)
+                chain: Any = fused.conv_chain_0
+                alone = chain._run_layers(x)  # the average differs by float rounding, all else is equal
+                assert torch.allclose(chain(x), alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max()))
+                assert torch.allclose(fused(x), model(x), rtol=0, atol=2e-2 * float(model(x).abs().max()))
+
+
+def test_feature_maps_are_equal_to_the_last_bit() -> None:
+    torch.manual_seed(2)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv2d(n, 20, 3, padding=1) for n in (5, 20, 20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x), inplace=True)
+            return F.max_pool2d(F.relu(self.third(F.relu(self.second(x))) + x), 2)
+
+    x = torch.randn(5, 5, 11, 14)
+    model = packed(Block(), x)
+    fused = fuse(model)
+    names = fused.fusion.names  # type: ignore[union-attr]
+    assert names == ["first", "second", "third"]
+    y = fused(x)
+    assert torch.equal(y, model(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_and_batches(residual: nn.Module, threads: int) -> None:
+    fused = fuse(residual)
+    before = torch.get_num_threads()
+    x = torch.randn(8, 3, 40, 32)
+    one_by_one = torch.cat([fused(image) for image in x.split(1)])
+    torch.set_num_threads(threads)
+    try:
+        for images in range(1, 9):
+            # Rounding images together or alone is the same; so are sums shared out otherwise.
+            assert torch.allclose(fused(x[:images]), one_by_one[:images], rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def sequential(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), ["0"]),
+        (sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3)), []),  # no two steps in a row
+        (sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1)), ["2", "4"]),
+        (sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), []),
+        (sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, ceil_mode=True)), []),
+        (sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2, dilation=2)), []),
+        (sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2)), []),
+        (sequential(nn.ReLU(), nn.Linear(20, 4)), []),
+    ],
+)
+def test_what_is_fused(build: Callable[[], nn.Module], names: list[str]) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(3, 3, 20, 20)
+    model = packed(build(), x)
+    if not names:
+        with pytest.raises(BantamweightError, match="no chain of packed convolutions"):
+            fuse(model)
+        return
+    fused = fuse(model)
+    assert fused.fusion.names == names  # type: ignore[union-attr]
+    assert torch.equal(fused(x), model(x))
+
+
+class TwoOutputs(nn.Module):
+    """A feature map that is read outside as well ends the chain there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.second(self.first(x).relu())
+        return y, self.third(y).relu()
+
+
+def test_a_value_that_leaves_cuts_the_chain() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(2, 3, 12, 12)
+    model = packed(TwoOutputs(), x)
+    fused = fuse(model)
+    names = fused.fusion.names  # type: ignore[union-attr]
+    assert names == ["first", "second", "third"]
+    assert [type(child) for _, child in fused.named_children()] == [PackedConvChain, PackedConvChain]
+    for ours, theirs in zip(fused(x), model(x), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_other_inputs_and_copies(residual: nn.Module) -> None:
+    fused = fuse(residual)
+    x = torch.randn(2, 3, 40, 32)
+    chain: Any = fused.conv_chain_0
+    y = chain(x)
+    assert torch.equal(copy.deepcopy(fused).conv_chain_0(x), y)  # type: ignore[operator]
+    half = chain(x.bfloat16())
+    assert half.dtype is torch.bfloat16 and torch.allclose(half.float(), y, rtol=0.1, atol=0.1 * float(y.abs().max()))
+    assert chain(x[:0]).shape == (0, *y.shape[1:])
+    scattered = torch.stack([x, x], dim=-1)[..., 0]
+    assert torch.equal(chain(scattered), y)
+
+
+def test_refusals(residual: nn.Module) -> None:
+    fused = fuse(residual)
+    chain: Any = fused.conv_chain_0
+    with pytest.raises(BantamweightError, match="takes inputs"):
+        chain(torch.randn(1, 4, 40, 32))
+    with pytest.raises(BantamweightError, match="NaN or infinity"):
+        chain(torch.full((1, 3, 40, 32), float("nan")))
+    with pytest.raises(BantamweightError, match="gradient"):
+        chain(torch.randn(1, 3, 40, 32, requires_grad=True))
+
+
+def test_what_cannot_be_traced_stays() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).relu() if float(x.sum()) > 0 else self.conv(x)
+
+    x = torch.rand(2, 3, 8, 8)
+    model = packed(Branching(), x)
+    with pytest.raises(BantamweightError, match="nothing in this Branching can be fused"):
+        fuse(model)
