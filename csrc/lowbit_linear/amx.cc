@@ -123,9 +123,10 @@ int64_t equal_spacing(const int8_t* const* rows, int64_t count) {
   return stride;
 }
 
-// A quarter of a chunk, 4 quads, from raw codes to masked tiles.
+// A quarter of a chunk, 4 quads, from raw codes to masked tiles. Codes of 8 bits are tiles as they lie.
 template <int kBits>
 inline void unpack(const uint8_t* raw, uint8_t* masked, int64_t quarter) {
+  if constexpr (kBits == 8) return;
   constexpr int64_t kStep = 32 * kBits;
   const __m512i low2 = _mm512_set1_epi8(0x03), low3 = _mm512_set1_epi8(0x07), low4 = _mm512_set1_epi8(0x0f),
                 low6 = _mm512_set1_epi8(0x3f);
