@@ -8,16 +8,10 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
+#include "embedding/gather.h"
+
 namespace bantamweight {
 namespace {
-
-constexpr int64_t kAhead = 2;
-
-inline float float_at(const uint8_t* memory, int64_t i) {
-  float value;
-  __builtin_memcpy(&value, memory + 4 * i, 4);
-  return value;
-}
 
 // Codes 8 * kHalf .. 8 * kHalf + 7 of a unit.
 template <int kBits, int kHalf>
@@ -42,57 +36,30 @@ inline __m256i codes_of(const uint8_t* unit) {
   }
 }
 
-template <int kBits, int kHalf>
-inline __m256 values_of(const uint8_t* unit, __m256 step, __m256 zero) {
-  return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes_of<kBits, kHalf>(unit)), zero), step);
-}
-
 template <int kBits>
-void run_bits(const EmbeddingTask& task) {
-  for (int64_t i = 0; i < task.count; ++i) {
-    if (i + kAhead < task.count) {
-      const uint8_t* ahead = task.records + task.index[i + kAhead] * task.record_bytes;
-      for (int64_t line = 0; line < task.record_bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-    }
-    const uint8_t* scale = task.records + task.index[i] * task.record_bytes;
-    const uint8_t* zeros = scale + 4 * task.groups;
-    const uint8_t* unit = task.uniform_zero ? zeros : zeros + 4 * task.groups;
-    float* y = task.y + i * task.ldy;
-    for (int64_t g = 0; g < task.groups; ++g) {
-      const __m256 step = _mm256_set1_ps(float_at(scale, g));
-      const __m256 zero = _mm256_set1_ps(task.uniform_zero ? task.zero : float_at(zeros, g));
-      const int64_t begin = g * task.group_size;
-      const int64_t end = task.dim - begin < task.group_size ? task.dim : begin + task.group_size;
-      int64_t d = begin;
-      for (; d + kUnitCodes <= end; d += kUnitCodes, unit += 2 * kBits) {
-        _mm256_storeu_ps(y + d, values_of<kBits, 0>(unit, step, zero));
-        _mm256_storeu_ps(y + d + 8, values_of<kBits, 1>(unit, step, zero));
-      }
-      if (d < end) {
-        alignas(32) float last[kUnitCodes];
-        _mm256_store_ps(last, values_of<kBits, 0>(unit, step, zero));
-        _mm256_store_ps(last + 8, values_of<kBits, 1>(unit, step, zero));
-        __builtin_memcpy(y + d, last, static_cast<size_t>(end - d) * sizeof(float));
-        unit += 2 * kBits;
-      }
-    }
-  }
-}
+struct Values {
+  __m256 step, zero;
 
-void run(int bits, const EmbeddingTask& task) {
-  switch (bits) {
-    case 2:
-      return run_bits<2>(task);
-    case 3:
-      return run_bits<3>(task);
-    case 4:
-      return run_bits<4>(task);
-    default:
-      return run_bits<8>(task);
-  }
-}
+  Values(float step, float zero) : step(_mm256_set1_ps(step)), zero(_mm256_set1_ps(zero)) {}
 
-constexpr EmbeddingKernel kernel = {Isa::avx2, run};
+  template <int kHalf>
+  __m256 half(const uint8_t* unit) const {
+    return _mm256_mul_ps(_mm256_sub_ps(_mm256_cvtepi32_ps(codes_of<kBits, kHalf>(unit)), zero), step);
+  }
+
+  void store(const uint8_t* unit, float* y) const {
+    _mm256_storeu_ps(y, half<0>(unit));
+    _mm256_storeu_ps(y + 8, half<1>(unit));
+  }
+
+  void store_part(const uint8_t* unit, float* y, int64_t count) const {
+    float last[kUnitCodes];
+    store(unit, last);
+    __builtin_memcpy(y, last, static_cast<size_t>(count) * sizeof(float));
+  }
+};
+
+constexpr EmbeddingKernel kernel = {Isa::avx2, gather<Values>};
 
 }  // namespace
 

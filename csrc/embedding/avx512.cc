@@ -11,16 +11,10 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 
+#include "embedding/gather.h"
+
 namespace bantamweight {
 namespace {
-
-constexpr int64_t kAhead = 2;
-
-inline float float_at(const uint8_t* memory, int64_t i) {
-  float value;
-  __builtin_memcpy(&value, memory + 4 * i, 4);
-  return value;
-}
 
 // The values of one group: those of codes 0 .. 15 (repeated below 4 bits), or its step and zero.
 template <int kBits>
@@ -65,47 +59,15 @@ struct Values {
       return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), low), high);
     }
   }
+
+  void store(const uint8_t* unit, float* y) const { _mm512_storeu_ps(y, of(unit)); }
+
+  void store_part(const uint8_t* unit, float* y, int64_t count) const {
+    _mm512_mask_storeu_ps(y, static_cast<__mmask16>((1u << count) - 1), of(unit));
+  }
 };
 
-template <int kBits>
-void run_bits(const EmbeddingTask& task) {
-  for (int64_t i = 0; i < task.count; ++i) {
-    if (i + kAhead < task.count) {
-      const uint8_t* ahead = task.records + task.index[i + kAhead] * task.record_bytes;
-      for (int64_t line = 0; line < task.record_bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-    }
-    const uint8_t* scale = task.records + task.index[i] * task.record_bytes;
-    const uint8_t* zero = scale + 4 * task.groups;
-    const uint8_t* unit = task.uniform_zero ? zero : zero + 4 * task.groups;
-    float* y = task.y + i * task.ldy;
-    for (int64_t g = 0; g < task.groups; ++g) {
-      const Values<kBits> values(float_at(scale, g), task.uniform_zero ? task.zero : float_at(zero, g));
-      const int64_t begin = g * task.group_size;
-      const int64_t end = task.dim - begin < task.group_size ? task.dim : begin + task.group_size;
-      int64_t d = begin;
-      for (; d + kUnitCodes <= end; d += kUnitCodes, unit += 2 * kBits) _mm512_storeu_ps(y + d, values.of(unit));
-      if (d < end) {
-        _mm512_mask_storeu_ps(y + d, static_cast<__mmask16>((1u << (end - d)) - 1), values.of(unit));
-        unit += 2 * kBits;
-      }
-    }
-  }
-}
-
-void run(int bits, const EmbeddingTask& task) {
-  switch (bits) {
-    case 2:
-      return run_bits<2>(task);
-    case 3:
-      return run_bits<3>(task);
-    case 4:
-      return run_bits<4>(task);
-    default:
-      return run_bits<8>(task);
-  }
-}
-
-constexpr EmbeddingKernel kernel = {Isa::avx512, run};
+constexpr EmbeddingKernel kernel = {Isa::avx512, gather<Values>};
 
 }  // namespace
 

@@ -8,16 +8,10 @@
 
 #include <arm_neon.h>
 
+#include "embedding/gather.h"
+
 namespace bantamweight {
 namespace {
-
-constexpr int64_t kAhead = 2;
-
-inline float float_at(const uint8_t* memory, int64_t i) {
-  float value;
-  __builtin_memcpy(&value, memory + 4 * i, 4);
-  return value;
-}
 
 constexpr int32_t kOnes[4] = {0, -1, -2, -3};  // vshl by a negative count shifts down
 constexpr int32_t kTwos[4] = {0, -2, -4, -6};
@@ -44,58 +38,26 @@ inline uint32x4_t codes_of(const uint8_t* unit, int quarter) {
 }
 
 template <int kBits>
-inline float32x4_t values_of(const uint8_t* unit, int quarter, float32x4_t step, float32x4_t zero) {
-  return vmulq_f32(vsubq_f32(vcvtq_f32_u32(codes_of<kBits>(unit, quarter)), zero), step);
-}
+struct Values {
+  float32x4_t step, zero;
 
-template <int kBits>
-void run_bits(const EmbeddingTask& task) {
-  for (int64_t i = 0; i < task.count; ++i) {
-    if (i + kAhead < task.count) {
-      const uint8_t* ahead = task.records + task.index[i + kAhead] * task.record_bytes;
-      for (int64_t line = 0; line < task.record_bytes; line += 64) __builtin_prefetch(ahead + line);
-    }
-    const uint8_t* scale = task.records + task.index[i] * task.record_bytes;
-    const uint8_t* zeros = scale + 4 * task.groups;
-    const uint8_t* unit = task.uniform_zero ? zeros : zeros + 4 * task.groups;
-    float* y = task.y + i * task.ldy;
-    for (int64_t g = 0; g < task.groups; ++g) {
-      const float32x4_t step = vdupq_n_f32(float_at(scale, g));
-      const float32x4_t zero = vdupq_n_f32(task.uniform_zero ? task.zero : float_at(zeros, g));
-      const int64_t begin = g * task.group_size;
-      const int64_t end = task.dim - begin < task.group_size ? task.dim : begin + task.group_size;
-      int64_t d = begin;
-      for (; d + kUnitCodes <= end; d += kUnitCodes, unit += 2 * kBits) {
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          vst1q_f32(y + d + 4 * quarter, values_of<kBits>(unit, quarter, step, zero));
-        }
-      }
-      if (d < end) {
-        float last[kUnitCodes];
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          vst1q_f32(last + 4 * quarter, values_of<kBits>(unit, quarter, step, zero));
-        }
-        __builtin_memcpy(y + d, last, static_cast<size_t>(end - d) * sizeof(float));
-        unit += 2 * kBits;
-      }
+  Values(float step, float zero) : step(vdupq_n_f32(step)), zero(vdupq_n_f32(zero)) {}
+
+  void store(const uint8_t* unit, float* y) const {
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const float32x4_t codes = vcvtq_f32_u32(codes_of<kBits>(unit, quarter));
+      vst1q_f32(y + 4 * quarter, vmulq_f32(vsubq_f32(codes, zero), step));
     }
   }
-}
 
-void run(int bits, const EmbeddingTask& task) {
-  switch (bits) {
-    case 2:
-      return run_bits<2>(task);
-    case 3:
-      return run_bits<3>(task);
-    case 4:
-      return run_bits<4>(task);
-    default:
-      return run_bits<8>(task);
+  void store_part(const uint8_t* unit, float* y, int64_t count) const {
+    float last[kUnitCodes];
+    store(unit, last);
+    __builtin_memcpy(y, last, static_cast<size_t>(count) * sizeof(float));
   }
-}
+};
 
-constexpr EmbeddingKernel kernel = {Isa::neon, run};
+constexpr EmbeddingKernel kernel = {Isa::neon, gather<Values>};
 
 }  // namespace
 

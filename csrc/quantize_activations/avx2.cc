@@ -7,171 +7,115 @@
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
+#include "quantize_activations/round_rows.h"
+
 namespace bantamweight {
 namespace {
 
-// The bits of |x| as integers order like the floats, with infinity and NaN above every number, so
-// one integer maximum gives both the largest magnitude and the check.
-int32_t largest_magnitude(const float* x, int64_t k) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  __m256i max[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-  int64_t i = 0;
-  for (; i + 32 <= k; i += 32) {
-    for (int j = 0; j < 4; ++j) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * j));
-      max[j] = _mm256_max_epi32(max[j], _mm256_and_si256(bits, magnitude));
-    }
-  }
-  alignas(32) int32_t lanes[8];
-  const __m256i all = _mm256_max_epi32(_mm256_max_epi32(max[0], max[1]), _mm256_max_epi32(max[2], max[3]));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), all);
-  int32_t largest = 0;
-  for (int j = 0; j < 8; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
-  for (; i < k; ++i) {
-    int32_t bits;
-    __builtin_memcpy(&bits, x + i, 4);
-    bits &= 0x7fffffff;
-    largest = bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
-// Codes of x[begin, end) into q; returns their sum.
-int32_t quantize_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* q) {
-  const __m256 factor = _mm256_set1_ps(to_code);
-  // The packs interleave the four vectors by 128-bit lanes; this puts the dwords back in order.
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  __m256i sum = _mm256_setzero_si256();
-  int64_t i = begin;
-  for (; i + 32 <= end; i += 32) {
-    const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
-    const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), factor));
-    const __m256i c = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 16), factor));
-    const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 24), factor));
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_permutevar8x32_epi32(bytes, order));
-    sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
-  }
-  alignas(32) int32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
-  int32_t total = 0;
-  for (int j = 0; j < 8; ++j) total += lanes[j];
-  for (; i < end; ++i) {
-    const int32_t code = _mm_cvtss_si32(_mm_set_ss(x[i] * to_code));
-    q[i] = static_cast<int8_t>(code);
-    total += code;
-  }
-  return total;
-}
-
-// As quantize_group, into two rows of halves; their sums go to sum[0] and sum[1].
-void halve_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* high, int8_t* low, int32_t* sum) {
-  const __m256 factor = _mm256_set1_ps(to_code), inverse = _mm256_set1_ps(kInverseHalf), half = _mm256_set1_ps(kHalf);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  __m256i sum_high = _mm256_setzero_si256(), sum_low = sum_high;
-  for (int64_t i = begin; i < end; i += 32) {
-    float last[32];
-    const int64_t left = end - i;
-    const float* from = x + i;
-    if (left < 32) {
-      for (int64_t j = 0; j < 32; ++j) last[j] = j < left ? from[j] : 0.0f;
-      from = last;
-    }
-    __m256i h[4], l[4];
-    for (int j = 0; j < 4; ++j) {
-      const __m256 t = _mm256_mul_ps(_mm256_loadu_ps(from + 8 * j), factor);
-      h[j] = _mm256_cvtps_epi32(_mm256_mul_ps(t, inverse));
-      l[j] = _mm256_cvtps_epi32(_mm256_sub_ps(t, _mm256_mul_ps(half, _mm256_cvtepi32_ps(h[j]))));
-      sum_high = _mm256_add_epi32(sum_high, h[j]);
-      sum_low = _mm256_add_epi32(sum_low, l[j]);
-    }
-    int8_t bytes[64];
-    int8_t* to[2] = {left < 32 ? bytes : high + i, left < 32 ? bytes + 32 : low + i};
-    const __m256i first = _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]), _mm256_packs_epi32(h[2], h[3]));
-    const __m256i second = _mm256_packs_epi16(_mm256_packs_epi32(l[0], l[1]), _mm256_packs_epi32(l[2], l[3]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[0]), _mm256_permutevar8x32_epi32(first, order));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[1]), _mm256_permutevar8x32_epi32(second, order));
-    for (int64_t j = 0; left < 32 && j < left; ++j) {
-      high[i + j] = bytes[j];
-      low[i + j] = bytes[32 + j];
-    }
-  }
-  alignas(32) int32_t lanes[16];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum_high);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes + 8), sum_low);
-  sum[0] = sum[1] = 0;
-  for (int j = 0; j < 8; ++j) {
-    sum[0] += lanes[j];
-    sum[1] += lanes[8 + j];
-  }
-}
-
-void set_zero(int8_t* q, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) q[i] = 0;
-}
-
-constexpr int32_t kInfinity = 0x7f800000;
-
-// From the bits of the largest magnitude to the factor of the codes 0 .. `most`, or 0 where the
-// maximum is so small that the factor overflows; and to the scale.
-float factor_of(int32_t max_bits, float most, float* scale) {
-  const float max = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(max_bits)));
-  const float to_code = most / max;
-  const bool zero = !(to_code < __builtin_inff());
-  *scale = zero ? 0.0f : max / most;
-  return zero ? 0.0f : to_code;
-}
-
-Status run(const QuantizeRowsArgs& args) {
-  const int64_t padded = padded_row_bytes(args.k);
-  const int64_t groups = args.k == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
-  for (int64_t m = 0; m < args.m; ++m) {
-    const float* x = args.x + m * args.ldx;
-    const auto end_of = [&](int64_t g) {
-      return args.k - g * args.group_size < args.group_size ? args.k : (g + 1) * args.group_size;
-    };
-    if (args.mode == Activations::int16) {
-      int8_t *high = args.q + 2 * m * padded, *low = high + padded;
-      int32_t* sums = args.sums + 2 * m * groups;
-      float* scale = args.scale + 2 * m;
-      const int32_t max_bits = largest_magnitude(x, args.k);
-      if (max_bits >= kInfinity) return Status::not_finite;
-      const float to_code = factor_of(max_bits, kInt16Max, scale + 1);
-      scale[0] = kHalf * scale[1];
-      for (int64_t g = 0; g < groups; ++g) {
-        int32_t both[2];
-        halve_group(x, g * args.group_size, end_of(g), to_code, high, low, both);
-        sums[g] = both[0];
-        sums[groups + g] = both[1];
+struct Range {
+  // The bits of |x| as integers order like the floats, with infinity and NaN above every number, so
+  // one integer maximum gives both the largest magnitude and the check.
+  static int32_t largest_magnitude(const float* x, int64_t k) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i max[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) {
+      for (int j = 0; j < 4; ++j) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * j));
+        max[j] = _mm256_max_epi32(max[j], _mm256_and_si256(bits, magnitude));
       }
-      set_zero(high, args.k, padded);
-      set_zero(low, args.k, padded);
-      continue;
     }
-    int8_t* q = args.q + m * padded;
-    int32_t* sums = args.sums + m * groups;
-    const bool blocks = args.mode == Activations::int8_block;
-    float to_code = 0.0f;
-    if (!blocks) {
-      const int32_t max_bits = largest_magnitude(x, args.k);
-      if (max_bits >= kInfinity) return Status::not_finite;
-      to_code = factor_of(max_bits, 127.0f, args.scale + m);
+    alignas(32) int32_t lanes[8];
+    const __m256i all = _mm256_max_epi32(_mm256_max_epi32(max[0], max[1]), _mm256_max_epi32(max[2], max[3]));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), all);
+    int32_t largest = 0;
+    for (int j = 0; j < 8; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
+    for (; i < k; ++i) {
+      int32_t bits;
+      __builtin_memcpy(&bits, x + i, 4);
+      bits &= 0x7fffffff;
+      largest = bits > largest ? bits : largest;
     }
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t begin = g * args.group_size, end = end_of(g);
-      if (blocks) {
-        const int32_t max_bits = largest_magnitude(x + begin, end - begin);
-        if (max_bits >= kInfinity) return Status::not_finite;
-        to_code = factor_of(max_bits, 127.0f, args.scale + m * groups + g);
-      }
-      sums[g] = quantize_group(x, begin, end, to_code, q);
-    }
-    set_zero(q, args.k, padded);
+    return largest;
   }
-  return Status::ok;
-}
 
-constexpr QuantizeRowsKernel kernel = {Isa::avx2, run};
+  // Codes of x[begin, end) into q; returns their sum.
+  static int32_t quantize_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* q) {
+    const __m256 factor = _mm256_set1_ps(to_code);
+    // The packs interleave the four vectors by 128-bit lanes; this puts the dwords back in order.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i sum = _mm256_setzero_si256();
+    int64_t i = begin;
+    for (; i + 32 <= end; i += 32) {
+      const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
+      const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), factor));
+      const __m256i c = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 16), factor));
+      const __m256i d = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 24), factor));
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_permutevar8x32_epi32(bytes, order));
+      sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
+    }
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
+    int32_t total = 0;
+    for (int j = 0; j < 8; ++j) total += lanes[j];
+    for (; i < end; ++i) {
+      const int32_t code = _mm_cvtss_si32(_mm_set_ss(x[i] * to_code));
+      q[i] = static_cast<int8_t>(code);
+      total += code;
+    }
+    return total;
+  }
+
+  // As quantize_group, into two rows of halves; their sums go to sum[0] and sum[1].
+  static void halve_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* high, int8_t* low,
+                          int32_t* sum) {
+    const __m256 factor = _mm256_set1_ps(to_code), inverse = _mm256_set1_ps(kInverseHalf), half = _mm256_set1_ps(kHalf);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i sum_high = _mm256_setzero_si256(), sum_low = sum_high;
+    for (int64_t i = begin; i < end; i += 32) {
+      float last[32];
+      const int64_t left = end - i;
+      const float* from = x + i;
+      if (left < 32) {
+        for (int64_t j = 0; j < 32; ++j) last[j] = j < left ? from[j] : 0.0f;
+        from = last;
+      }
+      __m256i h[4], l[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m256 t = _mm256_mul_ps(_mm256_loadu_ps(from + 8 * j), factor);
+        h[j] = _mm256_cvtps_epi32(_mm256_mul_ps(t, inverse));
+        l[j] = _mm256_cvtps_epi32(_mm256_sub_ps(t, _mm256_mul_ps(half, _mm256_cvtepi32_ps(h[j]))));
+        sum_high = _mm256_add_epi32(sum_high, h[j]);
+        sum_low = _mm256_add_epi32(sum_low, l[j]);
+      }
+      int8_t bytes[64];
+      int8_t* to[2] = {left < 32 ? bytes : high + i, left < 32 ? bytes + 32 : low + i};
+      const __m256i first = _mm256_packs_epi16(_mm256_packs_epi32(h[0], h[1]), _mm256_packs_epi32(h[2], h[3]));
+      const __m256i second = _mm256_packs_epi16(_mm256_packs_epi32(l[0], l[1]), _mm256_packs_epi32(l[2], l[3]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[0]), _mm256_permutevar8x32_epi32(first, order));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to[1]), _mm256_permutevar8x32_epi32(second, order));
+      for (int64_t j = 0; left < 32 && j < left; ++j) {
+        high[i + j] = bytes[j];
+        low[i + j] = bytes[32 + j];
+      }
+    }
+    alignas(32) int32_t lanes[16];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum_high);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes + 8), sum_low);
+    sum[0] = sum[1] = 0;
+    for (int j = 0; j < 8; ++j) {
+      sum[0] += lanes[j];
+      sum[1] += lanes[8 + j];
+    }
+  }
+
+  static void set_zero(int8_t* q, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) q[i] = 0;
+  }
+};
+
+constexpr QuantizeRowsKernel kernel = {Isa::avx2, round_rows<Range>};
 
 }  // namespace
 

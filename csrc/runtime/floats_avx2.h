@@ -1,0 +1,43 @@
+// AVX2 vectors of floats under the names that every instruction set shares, so that a loop whose only
+// difference is the width of a vector is written once, over `Floats`. Each file that includes it keeps a
+// copy with its own flags.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace bantamweight {
+namespace {
+
+struct Floats {
+  using Vector = __m256;
+  static constexpr int64_t kLanes = 8;
+
+  static inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+  static inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+  static inline Vector all(float x) { return _mm256_set1_ps(x); }
+  static inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+  static inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+  static inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+  static inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }       // a b + c
+  static inline Vector subtract_product(Vector c, Vector a, Vector b) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
+  static inline Vector absolute(Vector v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+  static inline Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+  static inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+
+  // The first `count` lanes, the others zero.
+  static inline Vector load_part(const float* from, int64_t count) {
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+    return load(lanes);
+  }
+  static inline void store_part(float* to, Vector v, int64_t count) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+  }
+};
+
+}  // namespace
+}  // namespace bantamweight
