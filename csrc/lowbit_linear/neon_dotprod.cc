@@ -1,20 +1,24 @@
 // AArch64 with the dot-product extension: SDOT by lane, one register of activations for 16 k.
 //
-// Inner loop for 256 weights (16 channels x 16 k), instructions as g++ 12 -O3 emits them:
+// Inner loop for 256 weights (16 channels x 16 k), instructions as g++ 12 -O3 emits them
+// (bench/arm_instructions.py counts them, and what a group of k adds):
 //   bits  bytes  SDOT  mask/shift  other   one row   four rows
-//     2     64     16      12        11       39         90
-//     3     96     16      20        18       54        109
-//     4    128     16       8        17       41         87
-//     8    256     16       0        24       40         89
-// That is 0.15 instructions a weight and row at 2 bits with one row and 0.09 with four. KleidiAI's
-// 2-bit kernel (qai8dxp1x4 x qsu2cxp4x4, read in August 2026) unpacks 64 weights with 3 AND, 3 USHR
-// and 4 TBL before its 4 SDOT, 72 instructions for the same 256 weights; the nested masks need 3 AND.
+//     2     64     16      12         7       35         86
+//     3     96     16      20        12       48        103
+//     4    128     16       8         9       33         89
+//     8    256     16       0        21       37         83
+// That is 0.14 instructions a weight and row at 2 bits with one row and 0.08 with four. KleidiAI
+// (after v1.30, read in August 2026) needs for the same 256 weights and one row 72 at 2 bits, where
+// 40 instructions unpack, 46 at 4 and 44 at 8; for several rows and weight 0.096, 0.084 and 0.086
+// where ours are 0.084, 0.087 and 0.081. In groups of 32 k ours takes 70 instructions for one row
+// and KleidiAI 59: it has no zero to subtract, and 8 channels a tile.
 //
 // What bounds it: vector instructions. On a core with two vector pipes one row at 2 bits takes
 // 28 / 2 = 14 cycles for 64 bytes, 4.6 bytes a cycle, so one thread stays below its bandwidth from
 // the second-level cache and the loop is worth its few instructions; four rows take 76 / 2 cycles
 // for 256 weights x 4, 84% of them SDOT. The four chains of SDOT accumulate in fewer cycles than
-// that (latency 3, 1 when only forwarding the sum).
+// that (latency 3, 1 when only forwarding the sum). Six rows spill; so does one sum of four rows at
+// 4 bits, whatever the order of the source.
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
@@ -50,7 +54,10 @@ struct Dotprod {
     template <int kLane>
     BANTAMWEIGHT_INLINE void dot(int j, uint8x16_t weight, const int8x16_t (&a)[kRows]) {
       for (int r = 0; r < kRows; ++r) {
-        at[r][j] = vdotq_laneq_s32(at[r][j], vreinterpretq_s8_u8(weight), a[r], kLane);
+        // As an intrinsic, GCC 12 copied sums from register to register around it.
+        int32x4_t sum = at[r][j];
+        asm("sdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(sum) : "w"(weight), "w"(a[r]), "i"(kLane));
+        at[r][j] = sum;
       }
     }
 
@@ -66,8 +73,8 @@ struct Dotprod {
       } else if constexpr (kBits == 4) {
         for (int pair = 0; pair < 2; ++pair) {
           const uint8x16_t x = vld1q_u8(weight + pair * kVector);
-          dot<kLane>(2 * pair, vandq_u8(x, vdupq_n_u8(0x0f)), a);
           dot<kLane>(2 * pair + 1, x, a);
+          dot<kLane>(2 * pair, vandq_u8(x, vdupq_n_u8(0x0f)), a);
         }
       } else {
         for (int j = 0; j < 4; ++j) dot<kLane>(j, vld1q_u8(weight + j * kVector), a);
@@ -89,26 +96,38 @@ struct Dotprod {
       dot<kLane + 1>(3, x3, a);
     }
 
-    BANTAMWEIGHT_INLINE void add_piece(const uint8_t* weight, const int8_t* const (&rows)[kRows], int64_t k_size) {
+    BANTAMWEIGHT_INLINE void load(const int8_t* const (&rows)[kRows], int64_t k, int8x16_t (&a)[kRows]) {
+      for (int r = 0; r < kRows; ++r) a[r] = vld1q_s8(rows[r] + k);
+    }
+
+    // Returns the end of the piece's bytes.
+    BANTAMWEIGHT_INLINE const uint8_t* add_piece(const uint8_t* weight, const int8_t* const (&rows)[kRows],
+                                                 int64_t k_size) {
       constexpr int64_t kFour = 4 * kBits * kBlockN / 8;  // bytes of four k
-      for (int64_t k = 0; k < k_size; k += 16, weight += 4 * kFour) {
-        int8x16_t a[kRows];  // the last one may read past the piece, where the codes are 0
-        for (int r = 0; r < kRows; ++r) a[r] = vld1q_s8(rows[r] + k);
-        const int64_t left = k_size - k;
+      constexpr int64_t kStep = kBits == 3 ? 8 : 4;
+      int8x16_t a[kRows];
+      int64_t k = 0;
+      for (; k + 16 <= k_size; k += 16, weight += 4 * kFour) {
+        load(rows, k, a);
         if constexpr (kBits == 3) {
           eight_k<0>(weight, a);
-          if (left > 8) eight_k<2>(weight + 2 * kFour, a);
-        } else if (left > 12) {
+          eight_k<2>(weight + 2 * kFour, a);
+        } else {
           four_k<0>(weight, a);
           four_k<1>(weight + kFour, a);
           four_k<2>(weight + 2 * kFour, a);
           four_k<3>(weight + 3 * kFour, a);
-        } else {
-          four_k<0>(weight, a);
-          if (left > 4) four_k<1>(weight + kFour, a);
-          if (left > 8) four_k<2>(weight + 2 * kFour, a);
         }
       }
+      for (; k < k_size; k += kStep, weight += kStep / 4 * kFour) {
+        load(rows, k, a);  // may read past the piece, where the codes are 0
+        if constexpr (kBits == 3) {
+          eight_k<0>(weight, a);
+        } else {
+          four_k<0>(weight, a);
+        }
+      }
+      return weight;
     }
 
     BANTAMWEIGHT_INLINE void of_row(int r, int32x4_t (&dots)[4]) const {

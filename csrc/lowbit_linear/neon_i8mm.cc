@@ -1,19 +1,21 @@
 // AArch64 with the 8-bit matrix-multiply extension: USMMLA for pairs of rows, USDOT for a last one.
 // Codes are unsigned here, so bytes are stored as they nest.
 //
-// Inner loop for 256 weights (16 channels x 16 k), instructions as g++ 12 -O3 emits them:
+// Inner loop for 256 weights (16 channels x 16 k), instructions as g++ 12 -O3 emits them
+// (bench/arm_instructions.py counts them, and what a group of k adds):
 //   bits  bytes  mask/shift   one row (16 USDOT)   two (16 USMMLA)   four (32 USMMLA)
-//     2     64       12               43                  45                 63
-//     3     96       20               56                  58                 89
-//     4    128        8               41                  43                 61
-//     8    256        0               42                  39                 57
-// That is 0.06 instructions a weight and row at 2 bits with four rows, against 0.09 with SDOT by
-// lane; one row gains nothing over it (0.17) and keeps this layout. KleidiAI's 2-bit SDOT kernel
-// takes 72 instructions for 256 weights and one row.
+//     2     64       12               37                  38                 58
+//     3     96       20               50                  51                 71
+//     4    128        8               35                  36                 56
+//     8    256        0               34                  34                 56
+// That is 0.057 instructions a weight and row at 2 bits with four rows, against 0.084 with SDOT by
+// lane; one row gains nothing over it (0.14) and keeps this layout. KleidiAI's 4-bit kernels (after
+// v1.30, read in August 2026) need 0.066 with four rows and 0.053 with eight, of activations that
+// were interleaved before; ours 0.055 of rows as they are.
 //
-// What bounds it: vector instructions again. Four rows at 2 bits are 32 USMMLA, 12 AND and 4 moves
-// of activations into the upper halves: 24 cycles on two vector pipes for 1024 multiply-adds, where
-// SDOT needs 38.
+// What bounds it: vector instructions again. Four rows at 2 bits are 32 USMMLA, 12 AND and 4 ZIP
+// that pair the rows' activations: 24 cycles on two vector pipes for 1024 multiply-adds, where SDOT
+// needs 38. Six rows would divide the masks among more, but spill.
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__aarch64__) && defined(__ARM_FEATURE_MATMUL_INT8)
@@ -52,7 +54,14 @@ struct MatMulInt8 {
 
     BANTAMWEIGHT_INLINE void dot(int i, uint8x16_t weight, const int8x16_t (&a)[kPairs]) {
       for (int r = 0; r < kPairs; ++r) {
-        at[r][i] = kRows == 1 ? vusdotq_s32(at[r][i], weight, a[r]) : vusmmlaq_s32(at[r][i], weight, a[r]);
+        // As intrinsics, GCC 12 copied sums from register to register around them.
+        int32x4_t sum = at[r][i];
+        if constexpr (kRows == 1) {
+          asm("usdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(weight), "w"(a[r]));
+        } else {
+          asm("usmmla %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(weight), "w"(a[r]));
+        }
+        at[r][i] = sum;
       }
     }
 
@@ -89,15 +98,31 @@ struct MatMulInt8 {
       }
     }
 
-    BANTAMWEIGHT_INLINE void add_piece(const uint8_t* weight, const int8_t* const (&rows)[kRows], int64_t k_size) {
-#pragma GCC unroll 2
-      for (int64_t k = 0; k < k_size; k += 8, weight += kBits * kBlockN) {
+    // Returns the end of the piece's bytes.
+    BANTAMWEIGHT_INLINE const uint8_t* add_piece(const uint8_t* weight, const int8_t* const (&rows)[kRows],
+                                                 int64_t k_size) {
+      constexpr int64_t kEight = kBits * kBlockN;  // bytes of eight k
+      int64_t k = 0;
+      for (; k + 16 <= k_size; k += 16, weight += 2 * kEight) {
+        int8x16_t first[kPairs], second[kPairs];  // eight k each
+        for (int r = 0; r < kPairs; ++r) {
+          const int64x2_t even = vreinterpretq_s64_s8(vld1q_s8(rows[2 * r] + k));
+          const int64x2_t odd =
+              kRows == 1 ? even : vreinterpretq_s64_s8(vld1q_s8(rows[kRows == 1 ? 0 : 2 * r + 1] + k));
+          first[r] = vreinterpretq_s8_s64(vzip1q_s64(even, odd));
+          second[r] = vreinterpretq_s8_s64(vzip2q_s64(even, odd));
+        }
+        eight_k(weight, first);
+        eight_k(weight + kEight, second);
+      }
+      for (; k < k_size; k += 8, weight += kEight) {
         int8x16_t a[kPairs];  // the last one may read past the piece, where the codes are 0
         for (int r = 0; r < kPairs; ++r) {
           a[r] = vcombine_s8(vld1_s8(rows[2 * r] + k), vld1_s8(rows[kRows == 1 ? 0 : 2 * r + 1] + k));
         }
         eight_k(weight, a);
       }
+      return weight;
     }
 
     BANTAMWEIGHT_INLINE void of_row(int r, int32x4_t (&dots)[4]) const {

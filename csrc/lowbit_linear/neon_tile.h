@@ -145,25 +145,38 @@ BANTAMWEIGHT_INLINE void unnest(int32x4_t (&dot)[4]) {
   }
 }
 
-// One group of one row into its float sums, in the order of reference.cc.
+// What an activation adds to the sum of quad j beyond code * activation, in lane j: the flipped bit,
+// less the zero that all channels share.
 template <class Variant, int kBits>
-BANTAMWEIGHT_INLINE void add_group(const TileTask& task, int64_t group, int64_t row, int32x4_t (&dot)[4],
-                                   float32x4_t (&sum)[4]) {
-  const int32_t row_sum = task.row_sums[row * task.groups + group];
-  const float group_scale = task.group_scale == nullptr ? 1.0f : task.group_scale[row * task.groups + group];
+BANTAMWEIGHT_INLINE int32x4_t row_sum_factors(const TileTask& task) {
+  int32_t factor[4];
+  for (int j = 0; j < 4; ++j) {
+    factor[j] = Variant::kSigned && kBits != 3 && j % nests_of(kBits) == nests_of(kBits) - 1 ? 128 : 0;
+    if (task.zero_scale == nullptr) factor[j] -= task.uniform_zero * factor_of(kBits, 4 * j);
+  }
+  return vld1q_s32(factor);
+}
+
+// One group of one row into its float sums, in the order of reference.cc.
+template <int kBits>
+BANTAMWEIGHT_INLINE void add_group(const TileTask& task, int64_t group, int64_t row, int32x4_t factor,
+                                   int32x4_t (&dot)[4], float32x4_t (&sum)[4]) {
+  const int64_t at = row * task.groups + group;
+  const int32x4_t row_sum = vld1q_dup_s32(task.row_sums + at);
+  const float group_scale = task.group_scale == nullptr ? 1.0f : task.group_scale[at];
   unnest<kBits>(dot);
   const float* scale = task.scale + group * kBlockN;
+  dot[0] = vmlaq_laneq_s32(dot[0], row_sum, factor, 0);
+  dot[1] = vmlaq_laneq_s32(dot[1], row_sum, factor, 1);
+  dot[2] = vmlaq_laneq_s32(dot[2], row_sum, factor, 2);
+  dot[3] = vmlaq_laneq_s32(dot[3], row_sum, factor, 3);
   for (int j = 0; j < 4; ++j) {
-    int32_t add = 0;
-    if (Variant::kSigned && kBits != 3 && j % nests_of(kBits) == nests_of(kBits) - 1) add += 128 * row_sum;
-    if (task.zero_scale == nullptr) add -= task.uniform_zero * factor_of(kBits, 4 * j) * row_sum;
-    const int32x4_t whole = vaddq_s32(dot[j], vdupq_n_s32(add));
-    const float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(whole), vdupq_n_f32(group_scale));
-    sum[j] = vfmaq_f32(sum[j], scaled, vld1q_f32(scale + 4 * j));
-    if (task.zero_scale != nullptr) {
-      const float32x4_t zero_scale = vld1q_f32(task.zero_scale + group * kBlockN + 4 * j);
-      sum[j] = vfmsq_f32(sum[j], zero_scale, vdupq_n_f32(static_cast<float>(row_sum) * group_scale));
-    }
+    sum[j] = vfmaq_f32(sum[j], vmulq_n_f32(vcvtq_f32_s32(dot[j]), group_scale), vld1q_f32(scale + 4 * j));
+  }
+  if (task.zero_scale != nullptr) {
+    const float32x4_t zero = vmulq_n_f32(vcvtq_f32_s32(row_sum), group_scale);
+    const float* zero_scale = task.zero_scale + group * kBlockN;
+    for (int j = 0; j < 4; ++j) sum[j] = vfmsq_f32(sum[j], vld1q_f32(zero_scale + 4 * j), zero);
   }
 }
 
@@ -176,6 +189,7 @@ __attribute__((noinline)) void tile(const TileTask& task, int64_t first, const f
   for (int r = 0; r < kRows; ++r) {
     for (int j = 0; j < 4; ++j) sum[r][j] = vdupq_n_f32(0.0f);
   }
+  const int32x4_t factor = row_sum_factors<Variant, kBits>(task);
   int64_t p = 0;
   for (int64_t g = 0; g < task.groups; ++g) {
     typename Variant::template Sums<kBits, kRows> sums;
@@ -183,13 +197,15 @@ __attribute__((noinline)) void tile(const TileTask& task, int64_t first, const f
       const KPiece& piece = task.pieces[p];
       const int8_t* rows[kRows];
       for (int r = 0; r < kRows; ++r) rows[r] = task.rows[first + r] + piece.row_offset;
-      sums.add_piece(weight, rows, piece.k_size);
-      weight += piece_bytes<Variant>(kBits, piece.k_size);
+      weight = sums.add_piece(weight, rows, piece.k_size);
     }
+    // Read anew: addresses kept for every row over the loop above leave it too few registers.
+    const TileTask* again = &task;
+    if (kRows > 1) asm("" : "+r"(again));
     for (int r = 0; r < kRows; ++r) {
       int32x4_t dot[4];
       sums.of_row(r, dot);
-      add_group<Variant, kBits>(task, g, first + r, dot, sum[r]);
+      add_group<kBits>(*again, g, first + r, factor, dot, sum[r]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
