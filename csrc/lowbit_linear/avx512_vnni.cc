@@ -20,13 +20,17 @@
 // bytes a weight) ran at half the speed of 2 bits in L2 and at 1.1 of it beyond, and would be
 // slower from 4 rows on, where AMX unpacks: not here. From DRAM (131 MB) it was 1.4 times as fast.
 //
+// One row keeps its outputs in registers across the groups; scales along K in groups of 128 cost it 10 %
+// (6 % more bytes), groups of 32 45 %.
+//
 // No gain beyond L2: huge pages under the layout, fetching 2, 4 or 8 KB ahead instead of 1, reading
-// two to eight streams at once. Expanding 3 bits to 4 for few rows: the stores into L2 cost more than
+// two to eight streams at once. In it: huge pages, fetching 0.5 or 2 KB ahead, fetching scales, the 32
+// steps of a group of 128 unrolled. Expanding 3 bits to 4 for few rows: the stores into L2 cost more than
 // the unpacking that they save until 64 rows.
 //
 // Tried and slower: activations as embedded broadcasts (one load for every product instead of one
-// for four: 717 GOPS at best); float outputs in registers across the groups (GCC 12 spills the
-// integer sums: 250 GOPS).
+// for four: 717 GOPS at best); for several rows, float outputs in registers across the groups (GCC 12
+// spills the integer sums: 250 GOPS).
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -152,16 +156,76 @@ inline __m512i load_once(const uint8_t* from) {
   return x;
 }
 
+constexpr int64_t kPrefetch = 1024;
+
+// One step of codes against the next activations of kRows rows.
+template <int kBits, int kRows, int kTiles>
+__attribute__((always_inline)) inline void multiply_step(const uint8_t* w, const int8_t* const (&a)[kRows], int64_t k,
+                                                         __m512i (&into)[kRows][kTiles]) {
+  const __m512i low2 = _mm512_set1_epi8(0x03), low3 = _mm512_set1_epi8(0x07), low4 = _mm512_set1_epi8(0x0f),
+                low6 = _mm512_set1_epi8(0x3f);
+  const auto multiply = [&](const __m512i(&x)[4], int64_t at) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, a[r] + at, 4);
+      const __m512i activations = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTiles; ++j) multiply_add(into[r][j], x[j], activations);
+    }
+  };
+  __m512i x[4];
+  for (int64_t line = 0; line < step_bytes(kBits); line += 64) _mm_prefetch(w + kPrefetch + line, _MM_HINT_T0);
+  if constexpr (kBits == 2) {
+    x[3] = load_once(w);
+    x[0] = _mm512_and_si512(x[3], low2);
+    x[1] = _mm512_and_si512(x[3], low4);
+    x[2] = _mm512_and_si512(x[3], low6);
+  } else if constexpr (kBits == 3) {
+    const __m512i x0 = load_once(w), x1 = load_once(w + 64), x2 = load_once(w + 128);
+    const __m512i x3 = fourth_row(x0, x1, x2);
+    const __m512i next[4] = {_mm512_and_si512(x2, low3), _mm512_and_si512(x2, low6), _mm512_and_si512(x3, low3),
+                             _mm512_and_si512(x3, low6)};
+    multiply(next, k + 4);
+    x[0] = _mm512_and_si512(x0, low3);
+    x[1] = _mm512_and_si512(x0, low6);
+    x[2] = _mm512_and_si512(x1, low3);
+    x[3] = _mm512_and_si512(x1, low6);
+  } else if constexpr (kBits == 4) {
+    x[1] = load_once(w);
+    x[3] = load_once(w + 64);
+    x[0] = _mm512_and_si512(x[1], low4);
+    x[2] = _mm512_and_si512(x[3], low4);
+  } else {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTiles; ++j) x[j] = load_once(w + 64 * j);
+  }
+  multiply(x, k);
+}
+
+// Adds the sums of `steps` steps of one piece to the sets of accumulators, a step a set in turn.
+template <int kBits, int kRows, int kTiles, int kSets>
+__attribute__((always_inline)) inline void multiply_piece(const uint8_t* weight, const int8_t* const (&a)[kRows],
+                                                          int64_t steps, __m512i (&s)[kSets][kRows][kTiles]) {
+  int64_t at = 0;
+  for (; at + kSets <= steps; at += kSets) {
+#pragma GCC unroll 4
+    for (int set = 0; set < kSets; ++set) {
+      multiply_step<kBits>(weight + (at + set) * step_bytes(kBits), a, (at + set) * step_k(kBits), s[set]);
+    }
+  }
+  if constexpr (kSets > 1) {
+    for (; at < steps; ++at) multiply_step<kBits>(weight + at * step_bytes(kBits), a, at * step_k(kBits), s[0]);
+  }
+}
+
 // Sums of `steps` steps of one piece into sums [kRows][64]; added to what is there unless `first`.
 template <int kBits, int kRows, int kTiles>
 inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps, bool first,
                       int32_t* sums) {
-  constexpr int64_t kStep = step_bytes(kBits), kPrefetch = 1024;
   // vpdpbusd takes 5 cycles and two start a cycle: few sums need more than one set of them.
   constexpr int kSums = kRows * kTiles * (kBits == 3 ? 2 : 1);
   constexpr int kSets = kSums <= 4 ? 4 : kSums < 10 ? 2 : 1;
-  const __m512i low2 = _mm512_set1_epi8(0x03), low3 = _mm512_set1_epi8(0x07), low4 = _mm512_set1_epi8(0x0f),
-                low6 = _mm512_set1_epi8(0x3f);
   const int8_t* a[kRows];
   __m512i s[kSets][kRows][kTiles];
 #pragma GCC unroll 8
@@ -173,56 +237,7 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
       for (int j = 0; j < kTiles; ++j) s[set][r][j] = _mm512_setzero_si512();
     }
   }
-  const auto multiply = [&](__m512i(&into)[kRows][kTiles], const __m512i(&x)[4], int64_t k)
-                            __attribute__((always_inline)) {
-#pragma GCC unroll 8
-                              for (int r = 0; r < kRows; ++r) {
-                                int32_t four;
-                                __builtin_memcpy(&four, a[r] + k, 4);
-                                const __m512i activations = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-                                for (int j = 0; j < kTiles; ++j) multiply_add(into[r][j], x[j], activations);
-                              }
-                            };
-  const auto step = [&](__m512i(&into)[kRows][kTiles], int64_t at) __attribute__((always_inline)) {
-    const uint8_t* w = weight + at * kStep;
-    __m512i x[4];
-#pragma GCC unroll 4
-    for (int64_t line = 0; line < kStep; line += 64) _mm_prefetch(w + kPrefetch + line, _MM_HINT_T0);
-    if constexpr (kBits == 2) {
-      x[3] = load_once(w);
-      x[0] = _mm512_and_si512(x[3], low2);
-      x[1] = _mm512_and_si512(x[3], low4);
-      x[2] = _mm512_and_si512(x[3], low6);
-    } else if constexpr (kBits == 3) {
-      const __m512i x0 = load_once(w), x1 = load_once(w + 64), x2 = load_once(w + 128);
-      const __m512i x3 = fourth_row(x0, x1, x2);
-      const __m512i next[4] = {_mm512_and_si512(x2, low3), _mm512_and_si512(x2, low6), _mm512_and_si512(x3, low3),
-                               _mm512_and_si512(x3, low6)};
-      multiply(into, next, at * 8 + 4);
-      x[0] = _mm512_and_si512(x0, low3);
-      x[1] = _mm512_and_si512(x0, low6);
-      x[2] = _mm512_and_si512(x1, low3);
-      x[3] = _mm512_and_si512(x1, low6);
-    } else if constexpr (kBits == 4) {
-      x[1] = load_once(w);
-      x[3] = load_once(w + 64);
-      x[0] = _mm512_and_si512(x[1], low4);
-      x[2] = _mm512_and_si512(x[3], low4);
-    } else {
-#pragma GCC unroll 4
-      for (int j = 0; j < kTiles; ++j) x[j] = load_once(w + 64 * j);
-    }
-    multiply(into, x, at * step_k(kBits));
-  };
-  int64_t at = 0;
-  for (; at + kSets <= steps; at += kSets) {
-#pragma GCC unroll 4
-    for (int set = 0; set < kSets; ++set) step(s[set], at + set);
-  }
-  if constexpr (kSets > 1) {
-    for (; at < steps; ++at) step(s[0], at);
-  }
+  multiply_piece<kBits>(weight, a, steps, s);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -254,6 +269,68 @@ void run_rows(const TileTask& task, int64_t first_row) {
   }
 }
 
+// True where the products of channels lane + 16 (j - 1) are in the sums of lane + 16 j, too.
+constexpr bool nested(int bits, int j) { return bits == 2 ? j > 0 : bits != 8 && j % 2 == 1; }
+
+// One row against the block, outputs in registers and zeros in the sums from the start: what a group
+// adds to its products is some 20 operations (4 bits), which run beside the next group's.
+template <int kBits, int kTiles, bool kUniformZero>
+void run_row(const TileTask& task, int64_t row) {
+  constexpr int kSets = kTiles == 4 || kBits == 3 ? 2 : 4;
+  const uint8_t* weight = task.weight;
+  const int32_t* row_sums = task.row_sums + row * task.groups;
+  __m512 out[kTiles];
+#pragma GCC unroll 4
+  for (int j = 0; j < kTiles; ++j) out[j] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < task.piece_count;) {
+    const int64_t group = task.pieces[p].group;
+    __m512i s[kSets][1][kTiles];
+    int32_t zero = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTiles; ++j) {
+      if constexpr (kUniformZero) {
+        const int32_t own =
+            task.uniform_zero * row_sums[group] * (kBits == 3 ? 1 + 7 * (j % 2) : 1 << nested_shift<kBits>(j));
+        zero = nested(kBits, j) ? zero - own : -own;
+      }
+      s[0][0][j] = _mm512_set1_epi32(zero);
+#pragma GCC unroll 4
+      for (int set = 1; set < kSets; ++set) s[set][0][j] = _mm512_setzero_si512();
+    }
+    do {
+      const int64_t steps = steps_of(kBits, task.pieces[p]);
+      const int8_t* const a[1] = {task.rows[row] + task.pieces[p].row_offset};
+      multiply_piece<kBits>(weight, a, steps, s);
+      weight += steps * step_bytes(kBits);
+    } while (++p < task.piece_count && task.pieces[p].group == group);
+    const float group_scale = task.group_scale == nullptr ? 1.0f : task.group_scale[row * task.groups + group];
+    const __m512 row_sum = _mm512_set1_ps(static_cast<float>(row_sums[group]) * group_scale);
+    const float* scale = task.scale + group * kBlockN;
+    const float* zero_scale = kUniformZero ? nullptr : task.zero_scale + group * kBlockN;
+#pragma GCC unroll 4
+    for (int j = 0; j < kTiles; ++j) {
+#pragma GCC unroll 4
+      for (int set = 1; set < kSets; ++set) s[0][0][j] = _mm512_add_epi32(s[0][0][j], s[set][0][j]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kTiles; ++j) {
+      __m512i sum = nested(kBits, j) ? _mm512_sub_epi32(s[0][0][j], s[0][0][j - 1]) : s[0][0][j];
+      if (kBits == 3 && j % 2 == 1) sum = _mm512_slli_epi32(sum, 1);  // 16 S1, as at 4 bits: both have the same scales
+      __m512 product = _mm512_cvtepi32_ps(sum);
+      if (task.group_scale != nullptr) product = _mm512_mul_ps(product, _mm512_set1_ps(group_scale));
+      out[j] = _mm512_fmadd_ps(product, _mm512_load_ps(scale + 16 * j), out[j]);
+      if constexpr (!kUniformZero) out[j] = _mm512_fnmadd_ps(_mm512_load_ps(zero_scale + 16 * j), row_sum, out[j]);
+    }
+  }
+  const __m512 row_scale = _mm512_set1_ps(task.row_scale[row]);
+#pragma GCC unroll 4
+  for (int j = 0; j < kTiles; ++j) {
+    const __mmask16 valid = valid_lanes(task, j);
+    const __m512 bias = task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid, task.bias + 16 * j);
+    _mm512_mask_storeu_ps(task.y + row * task.ldy + 16 * j, valid, _mm512_fmadd_ps(out[j], row_scale, bias));
+  }
+}
+
 template <int kBits, int kTiles>
 void run_tiles(const TileTask& task) {
   constexpr int64_t kMaxRows = 6;
@@ -263,7 +340,7 @@ void run_tiles(const TileTask& task) {
     const int64_t row = task.row_count * t / tiles;
     switch (task.row_count * (t + 1) / tiles - row) {
       case 1:
-        run_rows<kBits, 1, kTiles>(task, row);
+        task.zero_scale == nullptr ? run_row<kBits, kTiles, true>(task, row) : run_row<kBits, kTiles, false>(task, row);
         break;
       case 2:
         run_rows<kBits, 2, kTiles>(task, row);

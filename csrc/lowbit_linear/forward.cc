@@ -13,16 +13,24 @@ int64_t summed_group_size(const PackedView& view) { return view.groups == 0 ? 1 
 // True if sums over groups of `a` are sums over groups of `b`.
 bool same_groups(int64_t a, int64_t b, int64_t k) { return std::min(a, k) == std::min(b, k); }
 
+// A weight and what was read out of it. Reading walks its groups, which a small layer feels: once a call.
+struct Weight {
+  LinearShape shape;
+  PackedView view;
+};
+
 // Checks every weight against the first and the arguments; the widest number of groups and all of n.
-Status check(const LinearWeight* weights, int64_t count, const LinearArgs& args, int64_t* groups, int64_t* n) {
+Status check(const LinearWeight* weights, int64_t count, const LinearArgs& args, Weight* first, int64_t* groups,
+             int64_t* n) {
   int64_t k = 0;
   Activations mode = Activations::int8;
   *groups = *n = 0;
   for (int64_t i = 0; i < count; ++i) {
-    LinearShape shape;
-    PackedView view;
-    const Status status = linear_read(weights[i].layout, weights[i].layout_bytes, &shape, &view);
+    Weight weight;
+    Weight& read = i == 0 ? *first : weight;
+    const Status status = linear_read(weights[i].layout, weights[i].layout_bytes, &read.shape, &read.view);
     if (status != Status::ok) return status;
+    const LinearShape& shape = read.shape;
     if (i == 0) {
       k = shape.k;
       mode = shape.activations;
@@ -30,7 +38,7 @@ Status check(const LinearWeight* weights, int64_t count, const LinearArgs& args,
     if (shape.k != k) return Status::invalid_argument;
     if (shape.activations != mode) return Status::unsupported;
     *n += shape.n;
-    *groups = std::max(*groups, view.groups);
+    *groups = std::max(*groups, read.view.groups);
   }
   if (args.m < 0 || args.ldy < *n || (args.x != nullptr && args.ldx < k)) return Status::invalid_argument;
   if (args.epilogue.residual != nullptr && args.epilogue.ldr < *n) return Status::invalid_argument;
@@ -48,7 +56,8 @@ Status linear_forward(const void* layout, int64_t layout_bytes, const LinearArgs
 
 Status linears_forward(const LinearWeight* weights, int64_t count, const LinearArgs& args) {
   int64_t max_groups = 0, all_n = 0;
-  const Status status = check(weights, count, args, &max_groups, &all_n);
+  Weight weight;
+  const Status status = check(weights, count, args, &weight, &max_groups, &all_n);
   if (status != Status::ok) return status;
   if (args.m == 0 || all_n == 0) return Status::ok;
 
@@ -63,9 +72,9 @@ Status linears_forward(const LinearWeight* weights, int64_t count, const LinearA
   QuantizedRows from = args.rows;
   int64_t first_column = 0;
   for (int64_t i = 0; i < count; ++i) {
-    LinearShape shape;
-    PackedView view;
-    linear_read(weights[i].layout, weights[i].layout_bytes, &shape, &view);
+    if (i > 0) linear_read(weights[i].layout, weights[i].layout_bytes, &weight.shape, &weight.view);
+    const LinearShape& shape = weight.shape;
+    const PackedView& view = weight.view;
     const Activations mode = shape.activations;
     const bool blocks = mode == Activations::int8_block;
     const int64_t k = shape.k, group_size = summed_group_size(view);

@@ -32,7 +32,7 @@ int64_t blocks_of(const LinearKernel& kernel, int64_t n) { return (n + kernel.bl
 // Byte offsets of each part. Zeros are stored twice: as the kernel reads them (scale * zero) and
 // as they came, because a product cannot be divided back exactly.
 struct Parts {
-  int64_t pieces, blocks, scale, zero_scale, zero, end;
+  int64_t pieces, blocks, block_bytes, scale, zero_scale, zero, end;
 };
 
 Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
@@ -42,7 +42,8 @@ Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, 
   Parts at;
   at.pieces = align(sizeof(ViewHeader));
   at.blocks = at.pieces + align(piece_count * static_cast<int64_t>(sizeof(KPiece)));
-  at.scale = at.blocks + align(blocks * align(kernel.block_bytes(bits, pieces, piece_count)));
+  at.block_bytes = align(kernel.block_bytes(bits, pieces, piece_count));
+  at.scale = at.blocks + blocks * at.block_bytes;
   at.zero_scale = at.scale + table;
   at.zero = at.zero_scale + table;
   at.end = at.zero + align(n * groups * static_cast<int64_t>(sizeof(float)));
@@ -141,12 +142,11 @@ void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int6
   if (piece_count > 0) std::memcpy(base + at.pieces, pieces, static_cast<size_t>(piece_count) * sizeof(KPiece));
 
   const int64_t block_n = kernel.block_n, blocks = blocks_of(kernel, n);
-  const int64_t block_bytes = align(kernel.block_bytes(bits, pieces, piece_count));
   auto* scale_out = reinterpret_cast<float*>(base + at.scale);
   auto* zero_scale_out = reinterpret_cast<float*>(base + at.zero_scale);
   for_each_shared(blocks, n * k > (1 << 20), [&](int64_t b) {
     const int64_t first = b * block_n, valid = std::min(block_n, n - first);
-    kernel.pack_block(bits, pieces, piece_count, codes + first * k, k, valid, base + at.blocks + b * block_bytes);
+    kernel.pack_block(bits, pieces, piece_count, codes + first * k, k, valid, base + at.blocks + b * at.block_bytes);
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t lane = 0; lane < valid; ++lane) {
         const int64_t from = (first + lane) * groups + g, to = (b * groups + g) * block_n + lane;
@@ -179,7 +179,7 @@ Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t 
   view->n = header.n;
   view->groups = header.groups;
   view->piece_count = header.piece_count;
-  view->block_bytes = align(kernel.block_bytes(header.bits, pieces, header.piece_count));
+  view->block_bytes = at.block_bytes;
   view->pieces = pieces;
   view->blocks = base + at.blocks;
   view->scale = reinterpret_cast<const float*>(base + at.scale);
