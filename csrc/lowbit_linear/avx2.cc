@@ -14,6 +14,7 @@
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include "lowbit_linear/finish_avx2.h"
+#include "lowbit_linear/panel_avx2.h"
 #include "lowbit_linear/tables_avx2.h"
 
 namespace bantamweight {
@@ -86,9 +87,9 @@ inline void add_products(__m256i& sum, __m256i codes, const int8_t* four_activat
       : "m"(*reinterpret_cast<const int8_t (*)[4]>(four_activations)), "x"(codes));
 }
 
-// Sums of `steps` steps of one piece into sums [kRows][16]; added to what is there unless `first`.
+// Adds `steps` steps of one piece to sums [kRows][16].
 template <int kBits, int kRows>
-inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps, bool first,
+inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t row_offset, int64_t steps,
                       int32_t* sums) {
   constexpr int64_t kStepK = 32 / kBits;
   // An int16 holds ten steps of 4 x 2 x 3 x 127 at 2 bits, four of 2 x 2 x 15 x 127 at 4 bits, and
@@ -100,9 +101,6 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
   const int8_t* a[kRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) a[r] = rows[r] + row_offset;
-  if (first) {
-    for (int64_t i = 0; i < kRows * kBlockN; ++i) sums[i] = 0;
-  }
   for (int64_t begin = 0; begin < steps; begin += kSafeSteps) {
     const int64_t end = steps - begin < kSafeSteps ? steps : begin + kSafeSteps;
     __m256i s[kParts][kRows][2];
@@ -148,13 +146,14 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
 template <int kBits, int kRows>
 void run_rows(const TileTask& task, int64_t first_row) {
   alignas(32) int32_t sums[kRows * kBlockN];
-  alignas(32) float partial[kRows * kBlockN];
+  alignas(32) float partial[kRows * kBlockN] = {};
   const uint8_t* weight = task.weight;
   for (int64_t p = 0; p < task.piece_count;) {
     const int64_t group = task.pieces[p].group;
-    for (bool first = true; p < task.piece_count && task.pieces[p].group == group; ++p, first = false) {
+    for (int64_t i = 0; i < kRows * kBlockN; ++i) sums[i] = 0;
+    for (; p < task.piece_count && task.pieces[p].group == group; ++p) {
       const int64_t steps = steps_of(task.pieces[p], 32 / kBits);
-      sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, first, sums);
+      sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, steps, sums);
       weight += steps * kStepBytes;
     }
     finish_group<8, 2>(task, group, first_row, kRows, sums, partial);
@@ -163,16 +162,15 @@ void run_rows(const TileTask& task, int64_t first_row) {
 
 template <int kBits>
 void run_bits(const TileTask& task) {
-  // What fits 16 registers: 8 sums, codes, mask and activations; nibbles double the sums.
-  constexpr int64_t kMaxRows = kBits == 8 ? 2 : 4;
+  // More rows take panels, but for what a caller with one block at a time brings.
+  constexpr int64_t kMaxRows = kBits == 8 ? 2 : 3;
   const int64_t tiles = (task.row_count + kMaxRows - 1) / kMaxRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = task.row_count * t / tiles, count = task.row_count * (t + 1) / tiles - row;
     if (count == 1) run_rows<kBits, 1>(task, row);
     if (count == 2) run_rows<kBits, 2>(task, row);
-    if constexpr (kMaxRows == 4) {
+    if constexpr (kMaxRows == 3) {
       if (count == 3) run_rows<kBits, 3>(task, row);
-      if (count == 4) run_rows<kBits, 4>(task, row);
     }
   }
 }
@@ -228,6 +226,23 @@ int64_t run_by_tables(const TileTask& first, int64_t block_bytes, int64_t channe
   return done;
 }
 
+constexpr int64_t kMinPanelRows = 4;
+
+template <int kBits>
+void run_by_panels(const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
+  const int64_t chunks = (first.row_count + kPanelRows - 1) / kPanelRows;
+  const int64_t most = first.groups == 1 ? kPanelBlocks : kPanelBlocksOfGroups;
+  for (int64_t b = 0; b < block_count; b += most) {
+    TileTask tasks[kPanelBlocks];
+    const int64_t blocks = block_count - b < most ? block_count - b : most;
+    for (int64_t i = 0; i < blocks; ++i) tasks[i] = task_at(first, b + i, block_bytes, channels);
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int64_t row = first.row_count * c / chunks;
+      run_panels<kBits>(tasks, blocks, row, first.row_count * (c + 1) / chunks - row);
+    }
+  }
+}
+
 void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
   const int64_t here = channels < block_count * kBlockN ? channels : block_count * kBlockN;
   TileTask rest = first;
@@ -241,6 +256,12 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
     rest.row_count -= done;
     rest.y += done * first.ldy;
     if (rest.row_count == 0) return;
+  }
+  if (rest.piece_count > 0 && rest.row_count >= kMinPanelRows) {
+    if (bits == 2) return run_by_panels<2>(rest, block_count, block_bytes, channels);
+    if (bits == 3) return run_by_panels<3>(rest, block_count, block_bytes, channels);
+    if (bits == 4) return run_by_panels<4>(rest, block_count, block_bytes, channels);
+    if (bits == 8) return run_by_panels<8>(rest, block_count, block_bytes, channels);
   }
   for (int64_t b = 0; b < block_count; ++b) run(bits, task_at(rest, b, block_bytes, channels));
 }

@@ -172,7 +172,7 @@ inline void sum_piece(const uint8_t* weight, const int8_t* const* rows, int64_t 
 template <int kBits, int kRows>
 void run_rows(const TileTask& task, int64_t first_row) {
   alignas(32) int32_t sums[kRows * kBlockN];
-  alignas(32) float partial[kRows * kBlockN];
+  alignas(32) float partial[kRows * kBlockN] = {};
   const uint8_t* weight = task.weight;
   for (int64_t p = 0; p < task.piece_count;) {
     const int64_t group = task.pieces[p].group;

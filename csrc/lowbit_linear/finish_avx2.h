@@ -14,17 +14,19 @@ static inline __m256i valid_lanes(const TileTask& task, int j) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int32_t>(task.block_n_valid - 8 * j)), lanes);
 }
 
-// Adds group `group` of `row_count` rows to partial [row_count][8 kVectors], or after the last group
-// writes y. Reads partial unless group is the first.
+// Adds group `group` of `row_count` rows to partial [row_count][8 kVectors], which starts at zero, or
+// after the last group writes y.
 //   sums   [row_count][8 kVectors] int32
 //   bits   how the sums are nested: 2 for S0, S0 + 4 S1, S0 + 4 S1 + 16 S2, .. by vectors; 4 for S0,
 //          S0 + 16 S1, S2, S2 + 16 S3; 8 for sums that stand alone
+//   centre what the codes in the sums are lower by than they are
 template <int kBits, int kVectors>
 static inline void finish_group(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count,
-                                const int32_t* sums, float* partial) {
+                                const int32_t* sums, float* partial, int32_t centre = 0) {
   constexpr int64_t kBlock = 8 * kVectors;
   const float* scale = task.scale + group * kBlock;
-  const bool first = group == 0, last = group == task.groups - 1;
+  const int32_t zero = (task.zero_scale == nullptr ? task.uniform_zero : 0) - centre;
+  const bool last = group == task.groups - 1;
   for (int64_t r = 0; r < row_count; ++r, sums += kBlock, partial += kBlock) {
     const int32_t row_sum = task.row_sums[(first_row + r) * task.groups + group];
     const float group_scale =
@@ -37,11 +39,9 @@ static inline void finish_group(const TileTask& task, int64_t group, int64_t fir
       for (int j = 1; j < kVectors; j += 2) s[j] = _mm256_sub_epi32(s[j], s[j - 1]);
     }
     for (int j = 0; j < kVectors; ++j) {
-      if (task.zero_scale == nullptr) {
-        const int factor = kBits == 2 ? 1 << 2 * j : kBits == 4 && j % 2 == 1 ? 16 : 1;
-        s[j] = _mm256_sub_epi32(s[j], _mm256_set1_epi32(task.uniform_zero * row_sum * factor));
-      }
-      __m256 out = first ? _mm256_setzero_ps() : _mm256_loadu_ps(partial + 8 * j);
+      const int factor = kBits == 2 ? 1 << 2 * j : kBits == 4 && j % 2 == 1 ? 16 : 1;
+      s[j] = _mm256_sub_epi32(s[j], _mm256_set1_epi32(zero * row_sum * factor));
+      __m256 out = _mm256_loadu_ps(partial + 8 * j);
       const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(s[j]), _mm256_set1_ps(group_scale));
       out = _mm256_fmadd_ps(sum, _mm256_loadu_ps(scale + 8 * j), out);
       if (task.zero_scale != nullptr) {
@@ -52,10 +52,16 @@ static inline void finish_group(const TileTask& task, int64_t group, int64_t fir
         _mm256_storeu_ps(partial + 8 * j, out);
         continue;
       }
+      const __m256 row_scale = _mm256_set1_ps(task.row_scale[first_row + r]);
+      float* y = task.y + (first_row + r) * task.ldy + 8 * j;
+      if (task.block_n_valid >= 8 * (j + 1)) {  // masked stores are slow on some CPUs
+        const __m256 bias = task.bias == nullptr ? _mm256_setzero_ps() : _mm256_loadu_ps(task.bias + 8 * j);
+        _mm256_storeu_ps(y, _mm256_fmadd_ps(out, row_scale, bias));
+        continue;
+      }
       const __m256i mask = valid_lanes(task, j);
       const __m256 bias = task.bias == nullptr ? _mm256_setzero_ps() : _mm256_maskload_ps(task.bias + 8 * j, mask);
-      _mm256_maskstore_ps(task.y + (first_row + r) * task.ldy + 8 * j, mask,
-                          _mm256_fmadd_ps(out, _mm256_set1_ps(task.row_scale[first_row + r]), bias));
+      _mm256_maskstore_ps(y, mask, _mm256_fmadd_ps(out, row_scale, bias));
     }
   }
 }

@@ -170,6 +170,9 @@ constexpr Case kCases[] = {
     {33, 200, 127, 64, 3},
     {41, 1100, 36, 36, 3},
     {58, 140, 600, 600, 3},
+    // More rows, channels and k than AVX2 takes at a time, over one group and over many.
+    {101, 300, 520, 520},
+    {99, 90, 1100, 64},
     {400, 400, 16, 16},  // outputs that are mapped as they are written
 };
 
@@ -216,9 +219,9 @@ void at_the_largest_sums(Isa isa) {
       int64_t n, k;
       int code, zero;
     };
-    const Extreme extremes[] = {
-        {20, 4096, 2, 1},  {20, 4096, 0, 1},        {20, 4096, top, 0},      {130, 4096, 2, 1},
-        {130, 4096, 0, 1}, {3, kMaxGroupK, top, 0}, {3, kMaxGroupK, 0, top}, {2, kMaxGroupK + 100, top, 1}};
+    const Extreme extremes[] = {{20, 4096, 2, 1},        {20, 4096, 0, 1},        {20, 4096, top, 0},
+                                {130, 4096, 2, 1},       {130, 4096, 0, 1},       {130, 4096, top, 0},
+                                {3, kMaxGroupK, top, 0}, {3, kMaxGroupK, 0, top}, {2, kMaxGroupK + 100, top, 1}};
     for (const Extreme& e : extremes) {
       const int failed = check::failed;
       Weights w;
