@@ -14,7 +14,11 @@ constexpr int64_t kMaxStages = 8;
 struct Plan {
   LinearShape shape[kMaxStages];
   Isa isa = Isa::reference;
-  int64_t floats_per_row = 0;  // of every intermediate output
+  int64_t group_size[kMaxStages];  // of the sums of a stage's rounded inputs
+  bool rounded[kMaxStages] = {};   // a stage's outputs are only read rounded to int8
+  int64_t weight_bytes = 0;
+  int64_t floats_per_row = 0;                   // of every intermediate output
+  int64_t codes_per_row = 0, sums_per_row = 0;  // of the widest rounded one
 };
 
 // Checks the stages against each other and the arguments.
@@ -27,6 +31,7 @@ Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args,
     if (status != Status::ok) return status;
     if (i == 0) plan->isa = view.kernel->isa;
     const LinearShape& shape = plan->shape[i];
+    plan->group_size[i] = view.groups == 0 ? 1 : view.pieces[0].k_size;
     if (i > 0 && shape.k != plan->shape[i - 1].n) return Status::invalid_argument;
     const int residual = stages[i].residual;
     if (residual == ChainStage::kInput && (no_x || plan->shape[0].k != shape.n)) {
@@ -37,6 +42,7 @@ Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args,
     }
     if (residual >= i || residual < ChainStage::kGiven) return Status::invalid_argument;
     if (residual >= 0 && plan->shape[residual].n != shape.n) return Status::invalid_argument;
+    plan->weight_bytes += stages[i].weight.layout_bytes;
     plan->floats_per_row += shape.n;
   }
   const LinearShape &first = plan->shape[0], &last = plan->shape[count - 1];
@@ -48,6 +54,15 @@ Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args,
   }
   if (args.y != nullptr && args.ldy < last.n) return Status::invalid_argument;
   if (args.q != nullptr && args.group_size <= 0) return Status::invalid_argument;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool by_next = i + 1 < count && plan->shape[i + 1].activations == Activations::int8;
+    plan->rounded[i] = stages[i].norm == nullptr && (by_next || (i + 1 == count && args.y == nullptr));
+    for (int64_t later = i + 1; later < count; ++later) plan->rounded[i] &= stages[later].residual != i;
+    if (!plan->rounded[i] || !by_next) continue;
+    const int64_t n = plan->shape[i].n;
+    plan->codes_per_row = std::max(plan->codes_per_row, padded_row_bytes(n));
+    plan->sums_per_row = std::max(plan->sums_per_row, (n + plan->group_size[i + 1] - 1) / plan->group_size[i + 1]);
+  }
   return Status::ok;
 }
 
@@ -65,11 +80,22 @@ Status normalize(const float* x, int64_t ldx, int64_t m, int64_t n, const LayerN
 }
 
 // Rows begin .. begin + m - 1 through every stage.
+//
+// Outputs that are only read rounded get their epilogue row by row as they are rounded, which reads them
+// once where an epilogue of their own would read and write them all, and rounding read them again. Not when
+// threads share the channels of these rows: each has the outputs of its channels at hand.
 Status run_rows(const ChainStage* stages, int64_t count, const ChainArgs& args, const Plan& plan, int64_t begin,
                 int64_t m) {
+  ScratchPlan parts;
+  const int64_t floats_at = parts.add<float>(m * plan.floats_per_row);
+  const int64_t codes_at = parts.add<int8_t>(m * plan.codes_per_row + kRowAlign);
+  const int64_t scale_at = parts.add<float>(m);
+  const int64_t sums_at = parts.add<int32_t>(m * plan.sums_per_row);
   thread_local Scratch scratch;
-  auto* memory = reinterpret_cast<float*>(scratch.get(m * plan.floats_per_row * static_cast<int64_t>(sizeof(float))));
-  if (memory == nullptr) return Status::out_of_memory;
+  uint8_t* const base = scratch.get(parts.bytes());
+  if (base == nullptr) return Status::out_of_memory;
+  auto* memory = reinterpret_cast<float*>(base + floats_at);
+  const bool alone = available_threads() == 1;
   const int64_t k = plan.shape[0].k;
   const float* const input = args.x == nullptr ? nullptr : args.x + begin * args.ldx;
   const float* h = input;
@@ -81,37 +107,43 @@ Status run_rows(const ChainStage* stages, int64_t count, const ChainArgs& args, 
     ldh = k;
     memory += m * k;
   }
+  QuantizedRows rows;  // instead of h, where rows.q is not null
+  if (args.rows.q != nullptr && args.norm == nullptr) {
+    rows = args.rows;
+    rows.q += begin * padded_row_bytes(k);
+    rows.scale += begin;
+    rows.sums += begin * ((k + args.rows.group_size - 1) / args.rows.group_size);
+  }
+  QuantizeRowsArgs round;  // of the last stage's outputs
+  round.m = m;
   const float* outputs[kMaxStages];
   int64_t strides[kMaxStages];
   for (int64_t i = 0; i < count; ++i) {
     const ChainStage& stage = stages[i];
     const int64_t n = plan.shape[i].n;
-    const bool last = i + 1 == count && args.y != nullptr;
+    const bool last = i + 1 == count, writes_y = last && args.y != nullptr;
     LinearArgs linear;
-    linear.x = h;
+    linear.x = rows.q == nullptr ? h : nullptr;
     linear.ldx = ldh;
-    if (i == 0 && args.rows.q != nullptr && args.norm == nullptr) {
-      linear.x = nullptr;
-      linear.rows = args.rows;
-      linear.rows.q += begin * padded_row_bytes(k);
-      linear.rows.scale += begin;
-      linear.rows.sums += begin * ((k + args.rows.group_size - 1) / args.rows.group_size);
-    }
+    linear.rows = rows;
     linear.m = m;
     linear.bias = stage.weight.bias;
-    linear.epilogue.activation = stage.activation;
+    Epilogue epilogue;
+    epilogue.activation = stage.activation;
     if (stage.residual == ChainStage::kInput) {
-      linear.epilogue.residual = input;
-      linear.epilogue.ldr = args.ldx;
+      epilogue.residual = input;
+      epilogue.ldr = args.ldx;
     } else if (stage.residual == ChainStage::kGiven) {
-      linear.epilogue.residual = args.residual + begin * args.ldr;
-      linear.epilogue.ldr = args.ldr;
+      epilogue.residual = args.residual + begin * args.ldr;
+      epilogue.ldr = args.ldr;
     } else if (stage.residual >= 0) {
-      linear.epilogue.residual = outputs[stage.residual];
-      linear.epilogue.ldr = strides[stage.residual];
+      epilogue.residual = outputs[stage.residual];
+      epilogue.ldr = strides[stage.residual];
     }
-    linear.y = last ? args.y + begin * args.ldy : memory;
-    linear.ldy = last ? args.ldy : n;
+    const bool rounds = plan.rounded[i] && alone && !epilogue.empty();
+    if (!rounds) linear.epilogue = epilogue;
+    linear.y = writes_y ? args.y + begin * args.ldy : memory;
+    linear.ldy = writes_y ? args.ldy : n;
     Status status = linear_forward(stage.weight.layout, stage.weight.layout_bytes, linear);
     if (status == Status::ok && stage.norm != nullptr) {
       status = normalize(linear.y, linear.ldy, m, n, *stage.norm, plan.isa, linear.y, linear.ldy);
@@ -119,27 +151,37 @@ Status run_rows(const ChainStage* stages, int64_t count, const ChainArgs& args, 
     if (status != Status::ok) return status;
     outputs[i] = h = linear.y;
     strides[i] = ldh = linear.ldy;
-    if (!last) memory += m * n;
+    if (!writes_y) memory += m * n;
+    round.x = h;
+    round.ldx = ldh;
+    round.k = n;
+    rows = {};
+    if (!rounds) continue;
+    round.epilogue = epilogue;
+    if (last) break;
+    round.group_size = plan.group_size[i + 1];
+    round.q = reinterpret_cast<int8_t*>(base + codes_at);
+    round.scale = reinterpret_cast<float*>(base + scale_at);
+    round.sums = reinterpret_cast<int32_t*>(base + sums_at);
+    status = quantize_rows(round, plan.isa);
+    if (status != Status::ok) return status;
+    rows = {round.q, round.scale, round.sums, round.group_size};
+    round.epilogue = {};
   }
   if (args.q == nullptr) return Status::ok;
-  const int64_t n = plan.shape[count - 1].n;
-  QuantizeRowsArgs round;
-  round.x = h;
-  round.ldx = ldh;
-  round.m = m;
-  round.k = n;
   round.group_size = args.group_size;
-  round.q = args.q + begin * padded_row_bytes(n);
+  round.q = args.q + begin * padded_row_bytes(round.k);
   round.scale = args.scale + begin;
-  round.sums = args.sums + begin * ((n + args.group_size - 1) / args.group_size);
+  round.sums = args.sums + begin * ((round.k + args.group_size - 1) / args.group_size);
   return quantize_rows(round, plan.isa);
 }
 
 }  // namespace
 
 Status linear_chain(const ChainStage* stages, int64_t count, const ChainArgs& args) {
-  // Intermediate outputs of a chunk: they share L2 with the weights that stream through it.
-  constexpr int64_t kChunkBytes = 1 << 20;
+  // Intermediate outputs of a chunk share L2 with the weights, which stay there if they fit, or else stream
+  // through it once a chunk.
+  constexpr int64_t kKeptWeightBytes = 3 << 19, kChunkBytes = 384 << 10, kStreamingChunkBytes = 1 << 20;
   // Fewer rows a thread than this, and reading all weights on each costs more than sharing them.
   constexpr int64_t kMinRowsPerThread = 32;
   Plan plan;
@@ -147,8 +189,9 @@ Status linear_chain(const ChainStage* stages, int64_t count, const ChainArgs& ar
   if (status != Status::ok || args.m == 0) return status;
 
   const int64_t row_bytes = std::max<int64_t>(1, plan.floats_per_row * static_cast<int64_t>(sizeof(float)));
+  const int64_t chunk_bytes = plan.weight_bytes <= kKeptWeightBytes ? kChunkBytes : kStreamingChunkBytes;
   const int64_t threads = available_threads();
-  int64_t rows = std::max<int64_t>(32, kChunkBytes / row_bytes / 16 * 16);
+  int64_t rows = std::max<int64_t>(32, chunk_bytes / row_bytes / 16 * 16);
   const bool share_rows = threads > 1 && args.m >= threads * kMinRowsPerThread;
   if (share_rows) rows = std::min(rows, ((args.m + threads - 1) / threads + 15) / 16 * 16);
   const int64_t chunks = (args.m + rows - 1) / rows;

@@ -8,37 +8,12 @@
 #include <immintrin.h>
 
 #include "quantize_activations/round_rows.h"
+#include "runtime/floats_avx2.h"
 
 namespace bantamweight {
 namespace {
 
 struct Range {
-  // The bits of |x| as integers order like the floats, with infinity and NaN above every number, so
-  // one integer maximum gives both the largest magnitude and the check.
-  static int32_t largest_magnitude(const float* x, int64_t k) {
-    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-    __m256i max[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    int64_t i = 0;
-    for (; i + 32 <= k; i += 32) {
-      for (int j = 0; j < 4; ++j) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * j));
-        max[j] = _mm256_max_epi32(max[j], _mm256_and_si256(bits, magnitude));
-      }
-    }
-    alignas(32) int32_t lanes[8];
-    const __m256i all = _mm256_max_epi32(_mm256_max_epi32(max[0], max[1]), _mm256_max_epi32(max[2], max[3]));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), all);
-    int32_t largest = 0;
-    for (int j = 0; j < 8; ++j) largest = lanes[j] > largest ? lanes[j] : largest;
-    for (; i < k; ++i) {
-      int32_t bits;
-      __builtin_memcpy(&bits, x + i, 4);
-      bits &= 0x7fffffff;
-      largest = bits > largest ? bits : largest;
-    }
-    return largest;
-  }
-
   // Codes of x[begin, end) into q; returns their sum.
   static int32_t quantize_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* q) {
     const __m256 factor = _mm256_set1_ps(to_code);
@@ -115,7 +90,7 @@ struct Range {
   }
 };
 
-constexpr QuantizeRowsKernel kernel = {Isa::avx2, round_rows<Range>};
+constexpr QuantizeRowsKernel kernel = {Isa::avx2, round_rows<Floats, Range>};
 
 }  // namespace
 

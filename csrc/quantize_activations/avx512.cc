@@ -8,30 +8,12 @@
 #include <immintrin.h>
 
 #include "quantize_activations/round_rows.h"
+#include "runtime/floats_avx512.h"
 
 namespace bantamweight {
 namespace {
 
 struct Range {
-  // The bits of |x| as integers order like the floats, with infinity and NaN above every number, so
-  // one integer maximum gives both the largest magnitude and the check.
-  static int32_t largest_magnitude(const float* x, int64_t k) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-    __m512i max0 = _mm512_setzero_si512(), max1 = max0, max2 = max0, max3 = max0;
-    int64_t i = 0;
-    for (; i + 64 <= k; i += 64) {
-      max0 = _mm512_max_epi32(max0, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
-      max1 = _mm512_max_epi32(max1, _mm512_and_si512(_mm512_loadu_si512(x + i + 16), magnitude));
-      max2 = _mm512_max_epi32(max2, _mm512_and_si512(_mm512_loadu_si512(x + i + 32), magnitude));
-      max3 = _mm512_max_epi32(max3, _mm512_and_si512(_mm512_loadu_si512(x + i + 48), magnitude));
-    }
-    for (; i < k; i += 16) {
-      const __mmask16 valid = k - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (k - i)) - 1);
-      max0 = _mm512_max_epi32(max0, _mm512_and_si512(_mm512_maskz_loadu_epi32(valid, x + i), magnitude));
-    }
-    return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(max0, max1), _mm512_max_epi32(max2, max3)));
-  }
-
   // Codes of x[begin, end) into q; returns their sum.
   static int32_t quantize_group(const float* x, int64_t begin, int64_t end, float to_code, int8_t* q) {
     const __m512 factor = _mm512_set1_ps(to_code);
@@ -85,7 +67,7 @@ struct Range {
   }
 };
 
-constexpr QuantizeRowsKernel kernel = {Isa::avx512, round_rows<Range>};
+constexpr QuantizeRowsKernel kernel = {Isa::avx512, round_rows<Floats, Range>};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "quantize_activations/quantize_activations.h"
+#include "runtime/scratch.h"
 #include "runtime/threads.h"
 #include "runtime/variants.h"
 
@@ -33,13 +34,26 @@ void sum_rows(const int8_t* q, int64_t m, int64_t k, int64_t group_size, int32_t
 }
 
 Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
+  const bool finishes = !args.epilogue.empty();
+  if (args.epilogue.residual != nullptr && args.epilogue.ldr < args.k) return Status::invalid_argument;
   if (args.m < 0 || args.k < 0 || args.ldx < args.k || (args.k > 0 && args.group_size <= 0)) {
     return Status::invalid_argument;
   }
   const QuantizeRowsKernel* kernel = variants().pick(ceiling);
-  const int64_t rows_per_chunk = std::max<int64_t>(1, kFloatsPerThread / std::max<int64_t>(1, args.k));
+  const auto run = [&](QuantizeRowsArgs part) {
+    if (finishes) {
+      thread_local Scratch scratch;
+      part.epilogue_row =
+          reinterpret_cast<float*>(scratch.get(std::max<int64_t>(1, args.k) * static_cast<int64_t>(sizeof(float))));
+      if (part.epilogue_row == nullptr) return Status::out_of_memory;
+    }
+    return kernel->run(part);
+  };
+  const int64_t floats =
+      finishes ? kFloatsPerThread / 4 : kFloatsPerThread;  // an activation takes longer than rounding
+  const int64_t rows_per_chunk = std::max<int64_t>(1, floats / std::max<int64_t>(1, args.k));
   const int64_t chunks = (args.m + rows_per_chunk - 1) / rows_per_chunk;
-  if (chunks <= 1) return kernel->run(args);
+  if (chunks <= 1) return run(args);
 
   const int64_t padded = padded_row_bytes(args.k);
   const int64_t groups = (args.k + args.group_size - 1) / args.group_size;
@@ -53,7 +67,8 @@ Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
     part.q += row * padded;
     part.scale += args.mode == Activations::int8_block ? row * groups : row;
     part.sums += row * groups;
-    const Status status = kernel->run(part);
+    if (part.epilogue.residual != nullptr) part.epilogue.residual += begin * args.epilogue.ldr;
+    const Status status = run(part);
     if (status != Status::ok) worst.store(static_cast<int>(status));
   });
   return static_cast<Status>(worst.load());

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "epilogue/epilogue.h"
 #include "runtime/isa.h"
 #include "runtime/status.h"
 
@@ -48,6 +49,8 @@ struct QuantizeRowsArgs {
   float* scale;        // out [rows]; int8_block: [rows, groups]
   int32_t* sums;       // out [rows, groups], the sums of q over each group
   Activations mode = Activations::int8;
+  Epilogue epilogue;              // of x, before it is rounded
+  float* epilogue_row = nullptr;  // [k] to work in, where there is an epilogue; quantize_rows brings its own
 };
 
 // sums[m, g] of rows that were rounded with other groups.

@@ -46,6 +46,13 @@ Status run(const QuantizeRowsArgs& args) {
   const bool blocks = args.mode == Activations::int8_block;
   for (int64_t m = 0; m < args.m; ++m) {
     const float* x = args.x + m * args.ldx;
+    if (!args.epilogue.empty()) {
+      for (int64_t k = 0; k < args.k; ++k) args.epilogue_row[k] = x[k];
+      EpilogueArgs finish = {args.epilogue_row, args.k, 1, args.k, args.epilogue};
+      if (finish.epilogue.residual != nullptr) finish.epilogue.residual += m * args.epilogue.ldr;
+      epilogue_reference()->run(finish);
+      x = args.epilogue_row;
+    }
     const int64_t row = m * per_row;
     int8_t* q = args.q + row * padded;
     float* scale = args.scale + (blocks ? m * groups : row);

@@ -1,35 +1,62 @@
-// The walk over rows, groups and modes, for the `Range` of each instruction set, static functions over
-// ranges of floats and codes:
-//   largest_magnitude  the bits of the largest |x|, at least kInfinity if one is not finite
+// The walk over rows, groups and modes, over the vectors of runtime/floats_*.h and the `Range` of each
+// instruction set, static functions over ranges of floats and codes:
 //   quantize_group     codes of a range; returns their sum
 //   halve_group        codes of a range as two rows of halves, and their sums
 //   set_zero           zero codes
 // Everything is static: each file that includes it keeps a copy with its own flags.
 #pragma once
 
+#include "epilogue/rows.h"
 #include "quantize_activations/quantize_activations.h"
 
 namespace bantamweight {
 
-static constexpr int32_t kInfinity = 0x7f800000;
+// The largest |x|, infinity or NaN if one is not finite.
+template <class F>
+static float largest_magnitude(const float* x, int64_t k) {
+  constexpr int64_t kLanes = F::kLanes;
+  const auto nothing = F::all(0.0f);
+  typename F::Vector largest[4] = {nothing, nothing, nothing, nothing};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) largest[j] = F::larger_magnitude(largest[j], F::load(x + i + j * kLanes));
+  }
+  for (; i + kLanes <= k; i += kLanes) largest[0] = F::larger_magnitude(largest[0], F::load(x + i));
+  if (i < k) largest[1] = F::larger_magnitude(largest[1], F::load_part(x + i, k - i));
+  largest[0] = F::larger_magnitude(largest[0], largest[1]);
+  largest[2] = F::larger_magnitude(largest[2], largest[3]);
+  return F::largest_lane(F::larger_magnitude(largest[0], largest[2]));
+}
 
-// From the bits of the largest magnitude to the factor of the codes 0 .. `most`, or 0 where the
-// maximum is so small that the factor overflows; and to the scale.
-static inline float factor_of(int32_t max_bits, float most, float* scale) {
-  float max;
-  __builtin_memcpy(&max, &max_bits, 4);
+static inline bool is_finite(float magnitude) { return magnitude < __builtin_inff(); }
+
+// From the largest magnitude to the factor of the codes 0 .. `most`, or 0 where it is so small that the
+// factor overflows; and to the scale.
+static inline float factor_of(float max, float most, float* scale) {
   const float to_code = most / max;
   const bool zero = !(to_code < __builtin_inff());
   *scale = zero ? 0.0f : max / most;
   return zero ? 0.0f : to_code;
 }
 
-template <class Range>
+template <class F, class Range>
 static Status round_rows(const QuantizeRowsArgs& args) {
   const int64_t padded = padded_row_bytes(args.k);
   const int64_t groups = args.k == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
+  const bool blocks = args.mode == Activations::int8_block;
+  const EpilogueRow finish = args.epilogue.empty() ? nullptr : epilogue_row_of<F, true>(args.epilogue);
   for (int64_t m = 0; m < args.m; ++m) {
     const float* x = args.x + m * args.ldx;
+    float max = 0.0f;
+    if (finish != nullptr) {  // into a row that stays in L1, so that x is read once
+      const float* residual = args.epilogue.residual;
+      max = finish(x, residual == nullptr ? nullptr : residual + m * args.epilogue.ldr, args.k, args.epilogue_row);
+      x = args.epilogue_row;
+    } else if (!blocks) {
+      max = largest_magnitude<F>(x, args.k);
+    }
+    if (!is_finite(max)) return Status::not_finite;
     const auto end_of = [&](int64_t g) {
       return args.k - g * args.group_size < args.group_size ? args.k : (g + 1) * args.group_size;
     };
@@ -37,9 +64,7 @@ static Status round_rows(const QuantizeRowsArgs& args) {
       int8_t *high = args.q + 2 * m * padded, *low = high + padded;
       int32_t* sums = args.sums + 2 * m * groups;
       float* scale = args.scale + 2 * m;
-      const int32_t max_bits = Range::largest_magnitude(x, args.k);
-      if (max_bits >= kInfinity) return Status::not_finite;
-      const float to_code = factor_of(max_bits, kInt16Max, scale + 1);
+      const float to_code = factor_of(max, kInt16Max, scale + 1);
       scale[0] = kHalf * scale[1];
       for (int64_t g = 0; g < groups; ++g) {
         int32_t both[2];
@@ -53,19 +78,13 @@ static Status round_rows(const QuantizeRowsArgs& args) {
     }
     int8_t* q = args.q + m * padded;
     int32_t* sums = args.sums + m * groups;
-    const bool blocks = args.mode == Activations::int8_block;
-    float to_code = 0.0f;
-    if (!blocks) {
-      const int32_t max_bits = Range::largest_magnitude(x, args.k);
-      if (max_bits >= kInfinity) return Status::not_finite;
-      to_code = factor_of(max_bits, 127.0f, args.scale + m);
-    }
+    float to_code = blocks ? 0.0f : factor_of(max, 127.0f, args.scale + m);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * args.group_size, end = end_of(g);
       if (blocks) {
-        const int32_t max_bits = Range::largest_magnitude(x + begin, end - begin);
-        if (max_bits >= kInfinity) return Status::not_finite;
-        to_code = factor_of(max_bits, 127.0f, args.scale + m * groups + g);
+        max = largest_magnitude<F>(x + begin, end - begin);
+        if (!is_finite(max)) return Status::not_finite;
+        to_code = factor_of(max, 127.0f, args.scale + m * groups + g);
       }
       sums[g] = Range::quantize_group(x, begin, end, to_code, q);
     }

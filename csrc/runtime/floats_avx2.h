@@ -24,7 +24,22 @@ struct Floats {
   static inline Vector subtract_product(Vector c, Vector a, Vector b) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
   static inline Vector absolute(Vector v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
   static inline Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+  // min(|v|, end), and `end` for NaN.
+  static inline Vector smaller_magnitude(Vector v, Vector end) { return smaller(absolute(v), end); }
   static inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+  // |v| where it is above `largest`, which is not negative. The bits of magnitudes order as the floats do, with
+  // infinity and NaN above every number.
+  static inline Vector larger_magnitude(Vector largest, Vector v) {
+    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(largest), bits));
+  }
+  static inline float largest_lane(Vector magnitudes) {
+    const __m256i all = _mm256_castps_si256(magnitudes);
+    __m128i bits = _mm_max_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    bits = _mm_max_epi32(bits, _mm_shuffle_epi32(bits, 0x4e));
+    bits = _mm_max_epi32(bits, _mm_shuffle_epi32(bits, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(bits));
+  }
 
   // The first `count` lanes, the others zero.
   static inline Vector load_part(const float* from, int64_t count) {

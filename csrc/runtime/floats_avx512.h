@@ -24,7 +24,21 @@ struct Floats {
   static inline Vector subtract_product(Vector c, Vector a, Vector b) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static inline Vector absolute(Vector v) { return _mm512_abs_ps(v); }
   static inline Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+  // min(|v|, end), and `end` for NaN.
+  static inline Vector smaller_magnitude(Vector v, Vector end) { return _mm512_range_ps(v, end, 0b1010); }
   static inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+  // |v| where it is above `largest`, which is not negative. The bits of magnitudes order as the floats do, with
+  // infinity and NaN above every number.
+  static inline Vector larger_magnitude(Vector largest, Vector v) {
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(largest), bits));
+  }
+  static inline float largest_lane(Vector magnitudes) {
+    const int32_t bits = _mm512_reduce_max_epi32(_mm512_castps_si512(magnitudes));
+    float largest;
+    __builtin_memcpy(&largest, &bits, sizeof largest);
+    return largest;
+  }
 
   // The first `count` lanes, the others zero.
   static inline Vector load_part(const float* from, int64_t count) {

@@ -25,7 +25,12 @@ struct Floats {
   static inline Vector absolute(Vector v) { return vabsq_f32(v); }
   // minnm and maxnm return the number beside a NaN, as the comparisons of the references do.
   static inline Vector smaller(Vector a, Vector b) { return vminnmq_f32(a, b); }
+  // min(|v|, end), and `end` for NaN.
+  static inline Vector smaller_magnitude(Vector v, Vector end) { return smaller(absolute(v), end); }
   static inline Vector larger(Vector a, Vector b) { return vmaxnmq_f32(a, b); }
+  // |v| where it is above `largest`, which is not negative; NaN where either is.
+  static inline Vector larger_magnitude(Vector largest, Vector v) { return vmaxq_f32(largest, vabsq_f32(v)); }
+  static inline float largest_lane(Vector magnitudes) { return vmaxvq_f32(magnitudes); }
 
   // The first `count` lanes, the others zero.
   static inline Vector load_part(const float* from, int64_t count) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "lowbit_linear/lowbit_linear.h"
 
 using namespace bantamweight;
@@ -237,19 +238,10 @@ void bad_input(Isa isa) {
 }  // namespace
 
 int main() {
-  std::size_t count = 0;
-  const Isa* isas = linear_variants(&count);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (const char* missing = isa_missing(isas[i])) {
-      std::printf("  %-12s not run: %s\n", isa_name(isas[i]), missing);
-      continue;
-    }
-    const int failed = check::failed;
-    over_awkward_shapes(isas[i]);
-    at_the_largest_sums(isas[i]);
-    bad_input(isas[i]);
-    std::printf("  %-12s %s\n", isa_name(isas[i]),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
+  check::each_variant(linear_variants, [](Isa isa) {
+    over_awkward_shapes(isa);
+    at_the_largest_sums(isa);
+    bad_input(isa);
+  });
   return check::report("test_activation_modes");
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "embedding/embedding.h"
 
 using namespace bantamweight;
@@ -135,19 +136,7 @@ void bad_arguments() {
 }  // namespace
 
 int main() {
-  std::size_t count = 0;
-  const Isa* isas = embedding_variants(&count);
-  CHECK(count > 0 && isas[count - 1] == Isa::reference);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (const char* missing = isa_missing(isas[i])) {
-      std::printf("  %-12s not run: %s\n", isa_name(isas[i]), missing);
-      continue;
-    }
-    const int failed = check::failed;
-    over_awkward_shapes(isas[i]);
-    std::printf("  %-12s %s\n", isa_name(isas[i]),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
+  check::each_variant(embedding_variants, over_awkward_shapes);
   bad_arguments();
   return check::report("test_embedding");
 }

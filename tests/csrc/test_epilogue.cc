@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "epilogue/epilogue.h"
 
 using namespace bantamweight;
@@ -64,9 +65,10 @@ void over_awkward_shapes(const EpilogueKernel& kernel) {
                                    1e-42f,
                                    std::numeric_limits<float>::infinity(),
                                    -std::numeric_limits<float>::infinity(),
-                                   5.2f};
+                                   5.2f,
+                                   std::numeric_limits<float>::quiet_NaN()};
           from[static_cast<size_t>(1 + r * ldy + i)] =
-              random.below(8) == 0 ? special[random.below(8)] : 7.0f * random.uniform();
+              random.below(8) == 0 ? special[random.below(9)] : 7.0f * random.uniform();
           residual[static_cast<size_t>(1 + r * ldr + i)] = random.uniform();
         }
       }
@@ -93,23 +95,11 @@ void over_awkward_shapes(const EpilogueKernel& kernel) {
 
 int main() {
   against_doubles();
-  const EpilogueKernel* kernels[] = {epilogue_avx512(), epilogue_avx2(), epilogue_neon(), epilogue_reference()};
-  std::size_t listed = 0, compiled = 0;
-  const Isa* isas = epilogue_variants(&listed);
-  for (const EpilogueKernel* kernel : kernels) {
-    if (kernel == nullptr) continue;
-    CHECK(compiled < listed && isas[compiled] == kernel->isa);
-    ++compiled;
-    if (const char* missing = isa_missing(kernel->isa)) {
-      std::printf("  %-12s not run: %s\n", isa_name(kernel->isa), missing);
-      continue;
-    }
-    CHECK(epilogue_kernel(kernel->isa) == kernel);
-    const int failed = check::failed;
-    over_awkward_shapes(*kernel);
-    std::printf("  %-12s %s\n", isa_name(kernel->isa),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
-  CHECK(compiled == listed);
+  check::each_kernel<EpilogueKernel>(epilogue_variants,
+                                     {epilogue_avx512(), epilogue_avx2(), epilogue_neon(), epilogue_reference()},
+                                     [](const EpilogueKernel& kernel) {
+                                       CHECK(epilogue_kernel(kernel.isa) == &kernel);
+                                       over_awkward_shapes(kernel);
+                                     });
   return check::report("test_epilogue");
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "gpfq/gpfq.h"
 
 using namespace bantamweight;
@@ -213,24 +214,12 @@ void bad_arguments() {
 }  // namespace
 
 int main() {
-  const GpfqKernel* kernels[] = {gpfq_kernel_avx512(), gpfq_kernel_avx2(), gpfq_kernel_neon(), gpfq_kernel_reference()};
-  std::size_t listed = 0, compiled = 0;
-  const Isa* isas = gpfq_variants(&listed);
-  for (const GpfqKernel* kernel : kernels) {
-    if (kernel == nullptr) continue;
-    CHECK(compiled < listed && isas[compiled] == kernel->isa);
-    ++compiled;
-    if (const char* missing = isa_missing(kernel->isa)) {
-      std::printf("  %-12s not run: %s\n", isa_name(kernel->isa), missing);
-      continue;
-    }
-    const int failed = check::failed;
-    equal_to_the_reference(kernel->isa);
-    not_finite(kernel->isa);
-    std::printf("  %-12s %s\n", isa_name(kernel->isa),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
-  CHECK(compiled == listed);
+  check::each_kernel<GpfqKernel>(
+      gpfq_variants, {gpfq_kernel_avx512(), gpfq_kernel_avx2(), gpfq_kernel_neon(), gpfq_kernel_reference()},
+      [](const GpfqKernel& kernel) {
+        equal_to_the_reference(kernel.isa);
+        not_finite(kernel.isa);
+      });
   the_reference_is_the_formula();
   stochastic_rounding_is_unbiased();
   bad_arguments();

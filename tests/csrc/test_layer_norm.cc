@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "layer_norm/layer_norm.h"
 
 using namespace bantamweight;
@@ -138,24 +139,9 @@ void bad_arguments() {
 }  // namespace
 
 int main() {
-  const LayerNormKernel* kernels[] = {layer_norm_avx512(), layer_norm_avx2(), layer_norm_neon(),
-                                      layer_norm_reference()};
-  std::size_t listed = 0, compiled = 0;
-  const Isa* isas = layer_norm_variants(&listed);
-  for (const LayerNormKernel* kernel : kernels) {
-    if (kernel == nullptr) continue;
-    CHECK(compiled < listed && isas[compiled] == kernel->isa);
-    ++compiled;
-    if (const char* missing = isa_missing(kernel->isa)) {
-      std::printf("  %-12s not run: %s\n", isa_name(kernel->isa), missing);
-      continue;
-    }
-    const int failed = check::failed;
-    over_awkward_shapes(*kernel);
-    std::printf("  %-12s %s\n", isa_name(kernel->isa),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
-  CHECK(compiled == listed);
+  check::each_kernel<LayerNormKernel>(
+      layer_norm_variants, {layer_norm_avx512(), layer_norm_avx2(), layer_norm_neon(), layer_norm_reference()},
+      over_awkward_shapes);
   bad_arguments();
   return check::report("test_layer_norm");
 }

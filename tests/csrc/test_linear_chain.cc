@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "lowbit_linear/lowbit_linear.h"
 
 using namespace bantamweight;
@@ -167,21 +168,33 @@ void chains(Isa isa) {
 void adds_its_input(Isa isa) {
   check::Random random(22);
   const Layer a(40, 24, 2, 24, isa, random), b(24, 40, 4, 40, isa, random);
-  const int64_t m = 5;
-  const std::vector<float> x = random_floats(m * 24, random);
-  const std::vector<float> inner = one_by_one(a, x, m, Activation::gelu_tanh, nullptr, 0, nullptr);
-  const std::vector<float> expected = one_by_one(b, inner, m, Activation::none, x.data(), 24, nullptr);
   const ChainStage stages[] = {{a.weight(), Activation::gelu_tanh, ChainStage::kNothing, nullptr},
                                {b.weight(), Activation::none, ChainStage::kInput, nullptr}};
-  std::vector<float> y(expected.size());
   ChainArgs args;
-  args.x = x.data();
-  args.ldx = 24;
-  args.m = m;
-  args.y = y.data();
-  args.ldy = 24;
-  CHECK(linear_chain(stages, 2, args) == Status::ok);
-  CHECK(same(y, expected));
+  std::vector<float> x, y;
+  for (int64_t m : {70, 5}) {
+    x = random_floats(m * 24, random);
+    const std::vector<float> inner = one_by_one(a, x, m, Activation::gelu_tanh, nullptr, 0, nullptr);
+    const std::vector<float> expected = one_by_one(b, inner, m, Activation::none, x.data(), 24, nullptr);
+    y.assign(expected.size(), 0.0f);
+    args.x = x.data();
+    args.ldx = 24;
+    args.m = m;
+    args.y = y.data();
+    args.ldy = 24;
+    CHECK(linear_chain(stages, 2, args) == Status::ok);
+    CHECK(same(y, expected));
+
+    Rows rows(m, 24, 8);  // the residual added as the outputs are rounded
+    ChainArgs only_rounded = args;
+    only_rounded.y = nullptr;
+    only_rounded.q = rows.q.data();
+    only_rounded.scale = rows.scale.data();
+    only_rounded.sums = rows.sums.data();
+    only_rounded.group_size = rows.group_size;
+    CHECK(linear_chain(stages, 2, only_rounded) == Status::ok);
+    CHECK_NOTE(rows == round_rows(expected, m, 24, 8), "%s: m=%d", isa_name(isa), static_cast<int>(m));
+  }
 
   const auto refused = [&](const ChainStage* from, int64_t count, const ChainArgs& with) {
     return linear_chain(from, count, with) == Status::invalid_argument;
@@ -265,19 +278,10 @@ void groups(Isa isa) {
 }  // namespace
 
 int main() {
-  std::size_t count = 0;
-  const Isa* isas = linear_variants(&count);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (const char* missing = isa_missing(isas[i])) {
-      std::printf("  %-12s not run: %s\n", isa_name(isas[i]), missing);
-      continue;
-    }
-    const int failed = check::failed;
-    chains(isas[i]);
-    adds_its_input(isas[i]);
-    groups(isas[i]);
-    std::printf("  %-12s %s\n", isa_name(isas[i]),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
+  check::each_variant(linear_variants, [](Isa isa) {
+    chains(isa);
+    adds_its_input(isa);
+    groups(isa);
+  });
   return check::report("test_linear_chain");
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "each_variant.h"
 #include "quantize_activations/quantize_activations.h"
 
 using namespace bantamweight;
@@ -24,6 +25,7 @@ struct Input {
   const float* x;
   int64_t ldx, m, k, group_size;
   Activations mode = Activations::int8;
+  Epilogue epilogue = {};
 };
 
 constexpr Activations kModes[] = {Activations::int8, Activations::int8_block, Activations::int16};
@@ -46,6 +48,9 @@ Rounded round_rows(const Input& in, const Run& run) {
   args.scale = out.scale.data();
   args.sums = out.sums.data();
   args.mode = in.mode;
+  args.epilogue = in.epilogue;
+  std::vector<float> row(static_cast<size_t>(in.k));
+  args.epilogue_row = row.data();
   out.status = run(args);
   return out;
 }
@@ -153,6 +158,42 @@ void over_awkward_shapes(const QuantizeRowsKernel& kernel) {
   }
 }
 
+// Rounding behind an epilogue gives what rounding the epilogue's outputs gives.
+void after_an_epilogue(const QuantizeRowsKernel& kernel) {
+  check::Random random(9);
+  const auto dispatch = [&](const QuantizeRowsArgs& a) { return quantize_rows(a, kernel.isa); };
+  for (int64_t k : {0, 1, 15, 16, 17, 63, 64, 65, 100, 300}) {
+    for (int64_t m : {0, 1, 3, 260}) {  // the last shared out over the threads
+      const int64_t ldx = k + random.below(4), ldr = k + random.below(4);
+      std::vector<float> storage(static_cast<size_t>(m * ldx + 1)), added(static_cast<size_t>(m * ldr + 1));
+      for (float& v : storage) v = 6.0f * random.uniform();
+      for (float& v : added) v = random.uniform();
+      for (int activation = 0; activation < kActivationCount; ++activation) {
+        for (const float* residual :
+             {static_cast<const float*>(nullptr), static_cast<const float*>(added.data() + 1)}) {
+          const Epilogue epilogue = {static_cast<Activation>(activation), residual, ldr};
+          std::vector<float> finished = storage;
+          epilogue_reference()->run({finished.data() + 1, ldx, m, k, epilogue});
+          for (Activations mode : kModes) {
+            const Rounded expected =
+                round_rows({finished.data() + 1, ldx, m, k, 32, mode}, quantize_rows_reference()->run);
+            const Input in = {storage.data() + 1, ldx, m, k, 32, mode, epilogue};
+            CHECK_NOTE(same(round_rows(in, kernel.run), expected) && same(round_rows(in, dispatch), expected),
+                       "%s: activation %d, m=%d k=%d mode=%d", isa_name(kernel.isa), activation, static_cast<int>(m),
+                       static_cast<int>(k), static_cast<int>(mode));
+          }
+        }
+      }
+      if (m * k == 0) continue;
+      added[static_cast<size_t>(1 + (m - 1) * ldr + k - 1)] = std::numeric_limits<float>::quiet_NaN();
+      for (Activations mode : kModes) {
+        const Epilogue epilogue = {Activation::gelu, added.data() + 1, ldr};
+        CHECK(round_rows({storage.data() + 1, ldx, m, k, 32, mode, epilogue}, dispatch).status == Status::not_finite);
+      }
+    }
+  }
+}
+
 // Enough rows that they are shared out over the threads.
 void over_many_rows(const QuantizeRowsKernel& kernel) {
   check::Random random(8);
@@ -198,9 +239,12 @@ void bad_arguments() {
   float x[4] = {};
   const auto dispatch = [](const QuantizeRowsArgs& a) { return quantize_rows(a, Isa::reference); };
   CHECK(round_rows({x, 3, 1, 4, 4}, dispatch).status == Status::invalid_argument);
-  QuantizeRowsArgs args = {x, 4, 1, 4, 0, nullptr, nullptr, nullptr};
+  QuantizeRowsArgs args = {x, 4, 1, 4, 0, nullptr, nullptr, nullptr, Activations::int8, {}};
   CHECK(quantize_rows(args, Isa::reference) == Status::invalid_argument);
   args.group_size = 4;
+  args.epilogue = {Activation::none, x, 3};
+  CHECK(quantize_rows(args, Isa::reference) == Status::invalid_argument);
+  args.epilogue = {};
   args.m = -1;
   CHECK(quantize_rows(args, Isa::reference) == Status::invalid_argument);
 }
@@ -208,26 +252,15 @@ void bad_arguments() {
 }  // namespace
 
 int main() {
-  const QuantizeRowsKernel* kernels[] = {quantize_rows_avx512(), quantize_rows_avx2(), quantize_rows_neon(),
-                                         quantize_rows_reference()};
-  std::size_t listed = 0, compiled = 0;
-  const Isa* isas = quantize_rows_variants(&listed);
-  for (const QuantizeRowsKernel* kernel : kernels) {
-    if (kernel == nullptr) continue;
-    CHECK(compiled < listed && isas[compiled] == kernel->isa);
-    ++compiled;
-    if (const char* missing = isa_missing(kernel->isa)) {
-      std::printf("  %-12s not run: %s\n", isa_name(kernel->isa), missing);
-      continue;
-    }
-    const int failed = check::failed;
-    over_awkward_shapes(*kernel);
-    over_many_rows(*kernel);
-    not_finite_anywhere(*kernel);
-    std::printf("  %-12s %s\n", isa_name(kernel->isa),
-                check::failed == failed ? "ran, equal to the reference" : "ran, DIFFERS");
-  }
-  CHECK(compiled == listed);
+  check::each_kernel<QuantizeRowsKernel>(
+      quantize_rows_variants,
+      {quantize_rows_avx512(), quantize_rows_avx2(), quantize_rows_neon(), quantize_rows_reference()},
+      [](const QuantizeRowsKernel& kernel) {
+        over_awkward_shapes(kernel);
+        after_an_epilogue(kernel);
+        over_many_rows(kernel);
+        not_finite_anywhere(kernel);
+      });
   bad_arguments();
   return check::report("test_quantize_rows");
 }
