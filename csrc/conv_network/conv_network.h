@@ -5,6 +5,11 @@
 // memory that is kept between calls, so that feature maps stay in the caches; ReLU and residual sums
 // follow each convolution while its outputs lie in L2. The arithmetic is that of the single layers,
 // to the last bit.
+//
+// Where steps have scales, the maps between them are int8 codes (code_maps.h) with one scale a map that
+// was found on calibration data before, as in Jacob et al. 2018 (arXiv 1712.05877): a convolution writes
+// codes, the next reads them where they lie, and nothing is rounded twice. Images are rounded against
+// their own maximum as ever, and the last step gives floats.
 #pragma once
 
 #include <cstdint>
@@ -36,6 +41,10 @@ struct NetworkStep {
   const float* bias = nullptr;
   int64_t kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
   int64_t channels_before = 0, channels_after = 0;
+  // Of the value as codes, value = scale * (code - zero); 0 for floats. Every step but the last has one,
+  // or none has. After ReLU the zero is -127; pooling and subsampling keep what their input has.
+  float scale = 0.0f;
+  int64_t zero = 0;
 };
 
 struct ImageSize {
@@ -59,9 +68,11 @@ class ConvNetwork {
  private:
   struct Prepared;  // for one size of input
   Status prepared_for(const ImageSize& input, std::shared_ptr<const Prepared>* out) const;
+  Status fold_zeros() const;
 
   std::vector<NetworkStep> steps_;
   mutable std::mutex mutex_;
+  mutable std::vector<std::vector<float>> biases_;  // of each step, in codes; empty where maps are floats
   mutable std::shared_ptr<const Prepared> latest_;
 };
 

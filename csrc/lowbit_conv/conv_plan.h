@@ -11,6 +11,22 @@
 
 namespace bantamweight {
 
+// The size of feature maps as int8 codes (code_maps.h), channels last, with a border of zeros around
+// each image as wide as the widest padding among the convolutions that read it.
+struct CodeMap {
+  int64_t channels = 0, height = 0, width = 0;  // without the border
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+
+  int64_t padded_w() const { return left + width + right; }
+  int64_t padded_h() const { return top + height + bottom; }
+  int64_t row_bytes() const { return padded_w() * channels; }
+  int64_t image_bytes() const { return padded_h() * row_bytes(); }
+  // Bytes from the first image's border to a pixel.
+  int64_t at(int64_t image, int64_t y, int64_t x) const {
+    return image * image_bytes() + (top + y) * row_bytes() + (left + x) * channels;
+  }
+};
+
 // One int32 of a padded pixel's slice sums that an output pixel's group sum takes in.
 struct SumEntry {
   int64_t offset;  // from the output pixel's first padded pixel, in slice sums
@@ -22,6 +38,7 @@ struct ConvPlan {
   ConvLayout layout;
   int64_t height = 0, width = 0;  // of the input
   int64_t padded_h = 0, padded_w = 0, out_h = 0, out_w = 0;
+  int64_t first_pixel = 0;        // padded pixels before the first output pixel's first
   int64_t groups = 0;             // int32 sums an output pixel and channel group
   bool by_pixel = false;          // each pixel has a scale of its own, and only those that are used are kept
   std::vector<PackedView> views;  // one a channel group, with this image's pieces
@@ -50,6 +67,9 @@ struct ConvPlan {
 
 Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64_t width, ConvPlan* plan);
 
+// The same for inputs that are such maps already; the border must be as wide as the padding.
+Status conv_plan_codes(const void* layout, int64_t layout_bytes, const CodeMap& input, ConvPlan* plan);
+
 // Some images as the kernels read them.
 struct ConvActivations {
   int64_t images;
@@ -63,16 +83,36 @@ struct ConvActivations {
 // stride_c is 1.
 int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images, bool channels_last);
 
-// input: of the plan's size. Threads: OpenMP's current setting.
-Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out);
+// input: of the plan's size. The scales are multiplied by `factor`. Threads: OpenMP's current setting.
+Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out,
+                    float factor = 1.0f);
+
+// Bytes of the same for conv_prepare_codes.
+int64_t conv_prepared_codes_bytes(const ConvPlan& plan, int64_t images);
+
+// q: the maps of some images, readable 64 bytes past their end. value = factor * (code - zero); the
+// multiplication leaves the zero out: a bias has to hold it. A depthwise convolution's does not.
+Status conv_prepare_codes(const ConvPlan& plan, const CodeMap& input, const int8_t* q, int64_t images, float factor,
+                          int64_t zero, uint8_t* memory, ConvActivations* out);
 
 // What follows the multiplication while its outputs lie in the cache: y = max(y + residual, 0).
 struct ConvEpilogue {
   const float* residual = nullptr;  // the shape of y, or null
-  bool relu = false;
+  bool relu = false;                // not with codes, whose lower bound is one
+
+  // Instead of the float residual: y + added_factor * codes.
+  const CodeMap* added_map = nullptr;
+  const int8_t* added = nullptr;
+  float added_factor = 0.0f;
+
+  // Outputs as codes instead of y, whose border is not written: rint of what y would be, bounded by
+  // -127 and 127. A depthwise convolution's y is multiplied by `factor` and `shift` added before.
+  const CodeMap* codes_map = nullptr;
+  int8_t* codes = nullptr;
+  float factor = 1.0f, shift = 0.0f;
 };
 
-// y [images, out_h, out_w, out_channels].
+// y [images, out_h, out_w, out_channels], null for codes.
 Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,
                      const ConvEpilogue& epilogue, float* y);
 

@@ -6,6 +6,7 @@
 #include <new>
 #include <vector>
 
+#include "code_maps/code_maps.h"
 #include "epilogue/epilogue.h"
 #include "lowbit_conv/conv_plan.h"
 #include "quantize_images/quantize_images.h"
@@ -31,7 +32,7 @@ void for_each_stretch(const ConvPlan& plan, RowRange range, Visit visit) {
     const int64_t image = row / plan.image_rows(), in_image = row % plan.image_rows();
     const int64_t oy = in_image / plan.out_w, ox = in_image % plan.out_w;
     const int64_t count = std::min(plan.out_w - ox, range.end - row);
-    visit(image, oy * s.stride_h * plan.padded_w + ox * s.stride_w, count, row - range.begin);
+    visit(image, plan.first_pixel + oy * s.stride_h * plan.padded_w + ox * s.stride_w, count, row - range.begin);
     row += count;
   }
 }
@@ -62,6 +63,19 @@ void sum_boxes(const std::vector<SumEntry>& entries, const int32_t* from, int64_
   for (; i < count; ++i) {
     to[i] = 0;
     for (const SumEntry& entry : entries) to[i] += from[entry.offset + i];
+  }
+}
+
+// Where each output pixel of the range lies in maps of the output's size.
+template <class Byte>
+void point_at_pixels(const ConvPlan& plan, const CodeMap& map, Byte* maps, RowRange range, Byte** rows) {
+  for (int64_t row = range.begin; row < range.end;) {
+    const int64_t image = row / plan.image_rows(), in_image = row % plan.image_rows();
+    const int64_t oy = in_image / plan.out_w, ox = in_image % plan.out_w;
+    const int64_t count = std::min(plan.out_w - ox, range.end - row);
+    Byte* first = maps + map.at(image, oy, ox);
+    for (int64_t i = 0; i < count; ++i) rows[row - range.begin + i] = first + i * map.channels;
+    row += count;
   }
 }
 
@@ -124,6 +138,8 @@ Tasks cut(const ConvPlan& plan, int64_t rows) {
   // A task is about two million multiply-adds: enough to pay for its row pointers and sums, and
   // small enough that a thread which was preempted holds the others up little.
   constexpr int64_t kRows = 256, kMacsPerTask = int64_t{2} << 20;
+  constexpr int64_t kMacsAlone = int64_t{32} << 20;  // a thread that shares with none
+  const int64_t macs_per_task = available_threads() == 1 ? kMacsAlone : kMacsPerTask;
   const ConvShape& s = plan.layout.run;
   Tasks tasks;
   // Whole output rows, so that neighbouring row pointers are equally spaced.
@@ -132,10 +148,24 @@ Tasks cut(const ConvPlan& plan, int64_t rows) {
   tasks.channel_groups = s.groups;
   const int64_t block_n = plan.views[0].kernel->block_n, blocks = ceil_div(plan.views[0].n, block_n);
   const int64_t macs_per_block = std::min(rows, tasks.rows_per_task) * s.k() * block_n;
-  tasks.blocks_per_task = std::clamp<int64_t>(kMacsPerTask / std::max<int64_t>(1, macs_per_block), 1, blocks);
+  tasks.blocks_per_task = std::clamp<int64_t>(macs_per_task / std::max<int64_t>(1, macs_per_block), 1, blocks);
   tasks.block_chunks = ceil_div(blocks, tasks.blocks_per_task);
   tasks.worth_threads = rows * s.k() * (s.out_channels / s.groups) >= 2 * kMacsPerTask;
   return tasks;
+}
+
+// Rows of floats and the codes that are added to them; y is channel 0's.
+void add_codes(const ConvPlan& plan, const ConvEpilogue& epilogue, const int8_t* const* added, int64_t rows,
+               int64_t first, int64_t channels, float* y) {
+  const auto to_floats = code_maps_kernel(plan.layout.isa)->to_floats;
+  for (int64_t r = 0; r < rows; ++r) {
+    WeightedSum sum;
+    sum.floats = y + r * plan.layout.run.out_channels + first;
+    sum.a = added[r] + first;
+    sum.factor_a = epilogue.added_factor;
+    sum.count = channels;
+    to_floats(sum, false, y + r * plan.layout.run.out_channels + first);
+  }
 }
 
 // On `rows` output pixels by `channels` channels; y and residual are those of the first.
@@ -163,6 +193,8 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
   const int64_t scale_at = sizes.add<float>(row_count);
   const int64_t sums_at = sizes.add<int32_t>(row_count * plan.groups);
   const int64_t copy_stride = (s.k() + 63) / 64 * 64;
+  const int64_t codes_at = sizes.add<int8_t*>(epilogue.codes == nullptr ? 0 : row_count);
+  const int64_t added_at = sizes.add<const int8_t*>(epilogue.added == nullptr ? 0 : row_count);
   const int64_t copies_at = sizes.add<int8_t>(plan.runs.empty() ? 0 : row_count * copy_stride + 64);
   thread_local Scratch scratch;
   uint8_t* memory = scratch.get(sizes.bytes());
@@ -171,7 +203,6 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
   auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
   auto* row_sums = reinterpret_cast<int32_t*>(memory + sums_at);
 
-  y += range.begin * s.out_channels;
   const float* residual = epilogue.residual == nullptr ? nullptr : epilogue.residual + range.begin * s.out_channels;
   const float* scales = row_scale;
   const int32_t* sums = row_sums;
@@ -193,10 +224,26 @@ Status run_task(const ConvPlan& plan, const ConvActivations& images, const Tasks
   const int64_t first_channel = channel_group * view.n, blocks = ceil_div(view.n, view.kernel->block_n);
   const int64_t block_begin = block_chunk * tasks.blocks_per_task;
   const int64_t block_end = std::min(blocks, block_begin + tasks.blocks_per_task);
-  packed_view_run_blocks(view, rows, scales, sums, row_count, bias == nullptr ? nullptr : bias + first_channel,
-                         y + first_channel, s.out_channels, block_begin, block_end);
+  if (bias != nullptr) bias += first_channel;
+  const int8_t** added = nullptr;
+  if (epilogue.added != nullptr) {
+    added = reinterpret_cast<const int8_t**>(memory + added_at);
+    point_at_pixels(plan, *epilogue.added_map, epilogue.added + first_channel, range, added);
+  }
+  if (epilogue.codes != nullptr) {
+    auto** codes = reinterpret_cast<int8_t**>(memory + codes_at);
+    point_at_pixels(plan, *epilogue.codes_map, epilogue.codes + first_channel, range, codes);
+    return packed_view_run_codes(view, rows, scales, sums, row_count, bias, {codes, added, epilogue.added_factor},
+                                 block_begin, block_end);
+  }
+  y += range.begin * s.out_channels;
+  packed_view_run_blocks(view, rows, scales, sums, row_count, bias, y + first_channel, s.out_channels, block_begin,
+                         block_end);
   const int64_t first = first_channel + block_begin * view.kernel->block_n;
   const int64_t channels = std::min(view.n, block_end * view.kernel->block_n) - block_begin * view.kernel->block_n;
+  if (added != nullptr) {
+    add_codes(plan, epilogue, added, row_count, first - first_channel, channels, y + first_channel);
+  }
   follow_up(plan, epilogue, row_count, channels, residual == nullptr ? nullptr : residual + first, y + first);
   return Status::ok;
 }
@@ -206,9 +253,14 @@ Status run_depthwise_rows(const ConvPlan& plan, const ConvInput& in, RowRange ra
                           const ConvEpilogue& epilogue, float* y) {
   const ConvShape& s = plan.layout.run;
   thread_local Scratch scratch;
-  auto** taps = reinterpret_cast<const float**>(scratch.get(s.kernel_h * static_cast<int64_t>(sizeof(float*))));
-  if (taps == nullptr) return Status::out_of_memory;
   const int64_t floats = plan.out_w * s.out_channels;
+  ScratchPlan sizes;
+  const int64_t taps_at = sizes.add<const float*>(s.kernel_h);
+  const int64_t row_at = sizes.add<float>(epilogue.codes == nullptr ? 0 : floats);
+  uint8_t* memory = scratch.get(sizes.bytes());
+  if (memory == nullptr) return Status::out_of_memory;
+  auto** taps = reinterpret_cast<const float**>(memory + taps_at);
+  const auto* code_maps = code_maps_kernel(plan.layout.isa);
   const auto absmax_bits = quantize_images_pick(plan.layout.isa).absmax_bits;
   bool finite = true;
   for (int64_t at = range.begin; at < range.end; ++at) {
@@ -217,12 +269,26 @@ Status run_depthwise_rows(const ConvPlan& plan, const ConvInput& in, RowRange ra
       const int64_t iy = at % plan.out_h * s.stride_h - s.pad_top + ky * s.dilation_h;
       taps[ky] = iy < 0 || iy >= in.height ? nullptr : image + iy * in.stride_h;
     }
-    float* to = y + at * floats;
+    float* to = epilogue.codes == nullptr ? y + at * floats : reinterpret_cast<float*>(memory + row_at);
     depthwise_pick(plan.layout.isa)
         ->run({plan.layout.weight, bias, taps, s.kernel_h, s.kernel_w, s.stride_w, s.dilation_w, s.pad_left, in.width,
                in.stride_w, s.out_channels, to, plan.out_w});
     // What was not finite on the way in is not on the way out.
     finite = finite && absmax_bits(to, floats) < 0x7f800000u;
+    WeightedSum sum;
+    sum.floats = to;
+    sum.count = floats;
+    sum.factor = epilogue.factor;
+    sum.shift = epilogue.shift;
+    sum.factor_a = epilogue.added_factor;
+    if (epilogue.added != nullptr) {
+      sum.a = epilogue.added + epilogue.added_map->at(at / plan.out_h, at % plan.out_h, 0);
+    }
+    if (epilogue.codes != nullptr) {
+      code_maps->to_codes(sum, epilogue.codes + epilogue.codes_map->at(at / plan.out_h, at % plan.out_h, 0));
+      continue;
+    }
+    if (epilogue.added != nullptr) code_maps->to_floats(sum, false, to);
     follow_up(plan, epilogue, plan.out_w, s.out_channels,
               epilogue.residual == nullptr ? nullptr : epilogue.residual + at * floats, to);
   }

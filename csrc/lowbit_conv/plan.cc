@@ -35,6 +35,24 @@ Status plan_views(ConvPlan* plan) {
   return Status::ok;
 }
 
+// For the input's size, once what depends on its padding is set.
+Status plan_size(int64_t height, int64_t width, ConvPlan* plan) {
+  const ConvShape& s = plan->layout.run;
+  constexpr int64_t kMaxExtent = int64_t{1} << 24;
+  if (height < 0 || width < 0 || height > kMaxExtent || width > kMaxExtent) return Status::invalid_argument;
+  plan->height = height;
+  plan->width = width;
+  if (s.pad_top + height + s.pad_bottom <= s.dilation_h * (s.kernel_h - 1) ||
+      s.pad_left + width + s.pad_right <= s.dilation_w * (s.kernel_w - 1)) {
+    return Status::invalid_argument;
+  }
+  if (plan->padded_h > (int64_t{1} << 40) / plan->padded_w / s.in_channels) return Status::out_of_memory;
+  plan->out_h = conv_out_height(s, height);
+  plan->out_w = conv_out_width(s, width);
+  plan->groups = conv_summed_groups(s);
+  return s.depthwise() ? Status::ok : plan_views(plan);
+}
+
 }  // namespace
 
 int64_t ConvPlan::pixel_bytes() const {
@@ -45,21 +63,25 @@ Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64
   const Status status = conv_layout_read(layout, layout_bytes, &plan->layout);
   if (status != Status::ok) return status;
   const ConvShape& s = plan->layout.run;
-  constexpr int64_t kMaxExtent = int64_t{1} << 24;
-  if (height < 0 || width < 0 || height > kMaxExtent || width > kMaxExtent) return Status::invalid_argument;
-  plan->height = height;
-  plan->width = width;
   plan->padded_h = s.pad_top + height + s.pad_bottom;
   plan->padded_w = s.pad_left + width + s.pad_right;
-  if (plan->padded_h <= s.dilation_h * (s.kernel_h - 1) || plan->padded_w <= s.dilation_w * (s.kernel_w - 1)) {
-    return Status::invalid_argument;
-  }
-  if (plan->padded_h > (int64_t{1} << 40) / plan->padded_w / s.in_channels) return Status::out_of_memory;
-  plan->out_h = conv_out_height(s, height);
-  plan->out_w = conv_out_width(s, width);
-  plan->groups = conv_summed_groups(s);
   plan->by_pixel = plan->layout.shape.by_pixel();
-  return s.depthwise() ? Status::ok : plan_views(plan);
+  return plan_size(height, width, plan);
+} catch (const std::bad_alloc&) {
+  return Status::out_of_memory;
+}
+
+Status conv_plan_codes(const void* layout, int64_t layout_bytes, const CodeMap& input, ConvPlan* plan) try {
+  const Status status = conv_layout_read(layout, layout_bytes, &plan->layout);
+  if (status != Status::ok) return status;
+  const ConvShape& s = plan->layout.run;
+  const bool padded =
+      input.top >= s.pad_top && input.bottom >= s.pad_bottom && input.left >= s.pad_left && input.right >= s.pad_right;
+  if (input.channels != s.in_channels || !(padded || s.depthwise())) return Status::invalid_argument;
+  plan->padded_h = input.padded_h();
+  plan->padded_w = input.padded_w();
+  plan->first_pixel = (input.top - s.pad_top) * plan->padded_w + input.left - s.pad_left;
+  return plan_size(input.height, input.width, plan);
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "code_maps/code_maps.h"
 #include "lowbit_conv/conv_plan.h"
 #include "quantize_activations/quantize_activations.h"
 #include "quantize_images/quantize_images.h"
@@ -93,7 +94,62 @@ ConvInput copy_channels_last(const ConvInput& in, int64_t channels, float* to) {
   return {to, in.images, in.height, in.width, in.height * row_floats, 1, row_floats, channels};
 }
 
+// Of what conv_prepare_codes makes: scales and sums, or the floats of a depthwise convolution.
+struct CodeParts {
+  int64_t scale, sums, floats, end;
+};
+
+CodeParts code_parts_of(const ConvPlan& plan, int64_t images) {
+  ScratchPlan sizes;
+  CodeParts at = {};
+  at.scale = sizes.add<float>(images);
+  at.sums = sizes.add<int32_t>(images * plan.padded_pixels() * plan.slices());
+  at.floats = sizes.add<float>(
+      plan.layout.run.depthwise() ? images * plan.height * plan.width * plan.layout.run.in_channels : 0);
+  at.end = sizes.bytes();
+  return at;
+}
+
+constexpr int64_t kBytesPerThread = 1 << 17;
+
+ConvInput floats_of(const ConvPlan& plan, const CodeMap& map, const int8_t* q, int64_t images, float factor,
+                    int64_t zero, float* to) {
+  const int64_t row_floats = map.width * map.channels;
+  const auto to_floats = code_maps_kernel(plan.layout.isa)->to_floats;
+  for_each_shared(images * map.height, images * map.image_bytes() >= 2 * kBytesPerThread, [&](int64_t row) {
+    WeightedSum sum;
+    sum.a = q + map.at(row / map.height, row % map.height, 0);
+    sum.factor_a = factor;
+    sum.shift = -factor * static_cast<float>(zero);
+    sum.count = row_floats;
+    to_floats(sum, false, to + row * row_floats);
+  });
+  return {to, images, map.height, map.width, map.height * row_floats, 1, row_floats, map.channels};
+}
+
 }  // namespace
+
+int64_t conv_prepared_codes_bytes(const ConvPlan& plan, int64_t images) { return code_parts_of(plan, images).end; }
+
+Status conv_prepare_codes(const ConvPlan& plan, const CodeMap& input, const int8_t* q, int64_t images, float factor,
+                          int64_t zero, uint8_t* memory, ConvActivations* out) {
+  const CodeParts at = code_parts_of(plan, images);
+  auto* scale = reinterpret_cast<float*>(memory + at.scale);
+  auto* sums = reinterpret_cast<int32_t*>(memory + at.sums);
+  *out = {images, q, scale, sums, {}};
+  if (plan.layout.run.depthwise()) {
+    out->floats = floats_of(plan, input, q, images, factor, zero, reinterpret_cast<float*>(memory + at.floats));
+    return Status::ok;
+  }
+  std::fill(scale, scale + images, factor);
+  if (plan.slice_size == 0) return Status::ok;
+  const auto sum_slices = quantize_images_pick(plan.layout.isa).sum_slices;
+  const int64_t row_sums = plan.padded_w * plan.slices();
+  for_each_shared(images * plan.padded_h, images * plan.image_bytes() >= 2 * kBytesPerThread, [&](int64_t row) {
+    sum_slices(q + row * input.row_bytes(), row_sums, plan.slice_size, plan.slice_size, sums + row * row_sums, 1);
+  });
+  return Status::ok;
+}
 
 int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images, bool channels_last) {
   if (!plan.layout.run.depthwise()) return parts_of(plan, images).end;
@@ -103,7 +159,7 @@ int64_t conv_prepared_bytes(const ConvPlan& plan, int64_t images, bool channels_
   return sizes.bytes();
 }
 
-Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out) {
+Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memory, ConvActivations* out, float factor) {
   const ConvShape& s = plan.layout.run;
   if (s.depthwise()) {
     *out = {input.images, nullptr, nullptr, nullptr, input};
@@ -115,7 +171,12 @@ Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memor
   auto* scale = reinterpret_cast<float*>(memory + at.scale);
   auto* sums = reinterpret_cast<int32_t*>(memory + at.sums);
   *out = {input.images, q, scale, sums, {}};
-  if (plan.by_pixel) return quantize_pixels(plan, input, q, scale, sums);
+  const int64_t scales = input.images * (plan.by_pixel ? plan.image_rows() : 1);
+  const auto in_other_units = [&](Status status) {
+    if (factor != 1.0f) std::for_each(scale, scale + scales, [&](float& one) { one *= factor; });
+    return status;
+  };
+  if (plan.by_pixel) return in_other_units(quantize_pixels(plan, input, q, scale, sums));
   QuantizeImagesArgs args;
   args.x = input.x;
   args.images = input.images;
@@ -134,7 +195,7 @@ Status conv_prepare(const ConvPlan& plan, const ConvInput& input, uint8_t* memor
   args.q = q;
   args.scale = scale;
   args.sums = plan.slice_size == 0 ? nullptr : sums;
-  return quantize_images(args, plan.layout.isa);
+  return in_other_units(quantize_images(args, plan.layout.isa));
 }
 
 }  // namespace bantamweight

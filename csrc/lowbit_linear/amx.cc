@@ -201,6 +201,13 @@ struct Pending {
 
 // A store that misses L1 holds up every store behind it, those into the ring too.
 void fetch_outputs(const TileTask& task, int64_t first_row, int64_t rows) {
+  if (task.codes.rows != nullptr) {
+    for (int64_t r = first_row; r < first_row + rows; ++r) {
+      __asm__ volatile("prefetchw %0" ::"m"(task.codes.rows[r][task.first_channel]));
+      if (task.codes.added != nullptr) _mm_prefetch(task.codes.added[r] + task.first_channel, _MM_HINT_T0);
+    }
+    return;
+  }
   for (int64_t r = first_row; r < first_row + rows; ++r) {
     const float* y = task.y + r * task.ldy;
     for (int64_t n = 0; n < task.block_n_valid; n += 16) __asm__ volatile("prefetchw %0" ::"m"(y[n]));
@@ -214,7 +221,11 @@ void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
   task->scale += task->groups * kBlockN;
   if (task->zero_scale != nullptr) task->zero_scale += task->groups * kBlockN;
   if (task->bias != nullptr) task->bias += kBlockN;
-  task->y += kBlockN;
+  if (task->codes.rows != nullptr) {
+    task->first_channel += kBlockN;
+  } else {
+    task->y += kBlockN;
+  }
   task->block_n_valid = *channels < kBlockN ? *channels : kBlockN;
 }
 
@@ -336,7 +347,12 @@ void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes,
   if (task.group_scale != nullptr) task.group_scale += first_row * task.groups;
   task.row_count -= first_row;
   task.stream_outputs = false;
-  task.y += first_row * task.ldy;
+  if (task.codes.rows != nullptr) {
+    task.codes.rows += first_row;
+    if (task.codes.added != nullptr) task.codes.added += first_row;
+  } else {
+    task.y += first_row * task.ldy;
+  }
   for (int64_t b = 0; b < block_count; ++b) {
     linear_kernel_avx512_vnni()->run(bits, task);
     advance(&task, block_bytes, &channels);
@@ -443,7 +459,7 @@ void run_narrow_bits(const TileTask& task, const Chunk* chunks, int64_t chunk_co
 bool outgrows_cache(const TileTask& task) {
   constexpr int64_t kCacheBytes = 2 << 20;
   const bool aligned = reinterpret_cast<uintptr_t>(task.y) % 64 == 0 && task.ldy % 16 == 0;
-  return aligned && task.row_count * task.ldy * 4 >= kCacheBytes;
+  return task.y != nullptr && aligned && task.row_count * task.ldy * 4 >= kCacheBytes;
 }
 
 void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
@@ -516,7 +532,8 @@ void expand_block(const KPiece* pieces, int64_t piece_count, const uint8_t* bloc
 constexpr int64_t kActivationBytes = 768 << 10;
 
 constexpr LinearKernel kernel = {Isa::amx, 64,         block_bytes,  lane_factor, pack_block, unpack_block,
-                                 run,      run_blocks, expand_block, 128,         0,          kActivationBytes};
+                                 run,      run_blocks, expand_block, 128,         0,          kActivationBytes,
+                                 true};
 
 }  // namespace
 

@@ -323,12 +323,20 @@ void run_row(const TileTask& task, int64_t row) {
     }
   }
   const __m512 row_scale = _mm512_set1_ps(task.row_scale[row]);
+  __mmask16 valid[kTiles];
 #pragma GCC unroll 4
   for (int j = 0; j < kTiles; ++j) {
-    const __mmask16 valid = valid_lanes(task, j);
-    const __m512 bias = task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid, task.bias + 16 * j);
-    _mm512_mask_storeu_ps(task.y + row * task.ldy + 16 * j, valid, _mm512_fmadd_ps(out[j], row_scale, bias));
+    valid[j] = valid_lanes(task, j);
+    const __m512 bias =
+        task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid[j], task.bias + 16 * j);
+    out[j] = _mm512_fmadd_ps(out[j], row_scale, bias);
   }
+  if (task.codes.rows != nullptr) {
+    store_codes<kTiles>(task, row, valid, out);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kTiles; ++j) _mm512_mask_storeu_ps(task.y + row * task.ldy + 16 * j, valid[j], out[j]);
 }
 
 template <int kBits, int kTiles>
@@ -386,8 +394,9 @@ void run(int bits, const TileTask& task) {
   }
 }
 
-constexpr LinearKernel kernel = {Isa::avx512_vnni, kBlockN, block_bytes, lane_factor,  pack_block,
-                                 unpack_block,     run,     nullptr,     expand_block, kExpandRows};
+constexpr LinearKernel kernel = {
+    Isa::avx512_vnni, kBlockN,      block_bytes, lane_factor, pack_block, unpack_block, run,
+    nullptr,          expand_block, kExpandRows, 0,           384 << 10,  true};
 
 }  // namespace
 

@@ -20,6 +20,37 @@ static inline __mmask16 valid_lanes(const TileTask& task, int j) {
   return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
 }
 
+// Outputs of one row to codes (CodeOutputs). The lower bound is applied to the bytes.
+template <int kTiles>
+static inline void store_codes(const TileTask& task, int64_t row, const __mmask16* valid, const __m512* y) {
+  int8_t* to = task.codes.rows[row] + task.first_channel;
+  const __m512 factor = _mm512_set1_ps(task.codes.factor), most = _mm512_set1_ps(127.0f);
+  __m512i codes[kTiles];
+  for (int j = 0; j < kTiles; ++j) {
+    __m512 sum = y[j];
+    if (task.codes.added != nullptr) {
+      const int8_t* added = task.codes.added[row] + task.first_channel;
+      const __m128i bytes = _mm_maskz_loadu_epi8(valid[j], added + 16 * j);
+      sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), factor, sum);
+    }
+    codes[j] = _mm512_cvtps_epi32(_mm512_min_ps(sum, most));
+  }
+  if constexpr (kTiles == 4) {
+    if (task.block_n_valid >= 64) {
+      // Packing works within 128-bit lanes; this puts the dwords back in order.
+      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      const __m512i packed =
+          _mm512_packs_epi16(_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3]));
+      _mm512_storeu_si512(to, _mm512_max_epi8(_mm512_permutexvar_epi32(order, packed), _mm512_set1_epi8(-127)));
+      return;
+    }
+  }
+  for (int j = 0; j < kTiles; ++j) {
+    const __m128i bytes = _mm_max_epi8(_mm512_cvtsepi32_epi8(codes[j]), _mm_set1_epi8(-127));
+    _mm_mask_storeu_epi8(to + 16 * j, valid[j], bytes);
+  }
+}
+
 template <int kBits, int kTiles, bool kUniformZero, bool kFirst, bool kLast>
 static inline void finish_rows(const TileTask& task, int64_t group, int64_t first_row, int64_t row_count,
                                const int32_t* sums, float* partial) {
@@ -66,8 +97,12 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
     }
     if constexpr (kLast) {
       const __m512 row_scale = _mm512_set1_ps(task.row_scale[first_row + r]);
-      float* y = task.y + (first_row + r) * task.ldy;
       for (int j = 0; j < kTiles; ++j) out[j] = _mm512_fmadd_ps(out[j], row_scale, bias[j]);
+      if (task.codes.rows != nullptr) {
+        store_codes<kTiles>(task, first_row + r, valid, out);
+        continue;
+      }
+      float* y = task.y + (first_row + r) * task.ldy;
       if (task.stream_outputs && task.block_n_valid >= 64) {
         for (int j = 0; j < kTiles; ++j) _mm512_stream_ps(y + 16 * j, out[j]);
       } else {

@@ -133,6 +133,17 @@ struct KPiece {
 // dispatcher cuts longer groups into pieces of their own with the scale repeated.
 constexpr int64_t kMaxGroupK = 65536;
 
+// Outputs as int8 codes instead of floats: with y what the float would be,
+//
+//   code = rint(max(min(y + factor * added, 127), -127)), the sum a fused multiply-add, ties to even
+//
+// so the caller's bias and row scales are in units of a code and hold whatever shifts the codes.
+struct CodeOutputs {
+  int8_t* const* rows = nullptr;         // [row_count] channel 0 of each row; null for float outputs
+  const int8_t* const* added = nullptr;  // [row_count] the same of the codes that are added, or null
+  float factor = 0.0f;
+};
+
 // One task: every row of `rows` against one block of `block_n` channels.
 struct TileTask {
   const uint8_t* weight;    // the block's codes, pieces in order, this kernel's layout
@@ -150,10 +161,12 @@ struct TileTask {
   const float* group_scale = nullptr;
   int64_t row_count;
   const float* bias;  // [block_n_valid] or null
-  float* y;           // out: row r at y + r * ldy
+  float* y;           // out: row r at y + r * ldy; null for codes
   int64_t ldy;
   int64_t block_n_valid;        // channels to write, <= block_n
   bool stream_outputs = false;  // a variant may set it to write past the caches
+  CodeOutputs codes;            // instead of y, for a kernel that writes codes
+  int64_t first_channel = 0;    // of the block, for them
 };
 
 struct LinearKernel {
@@ -182,6 +195,7 @@ struct LinearKernel {
   int64_t channels_at_once = 0;
   // Activations that run between two loads of the weights from beyond L2, where they stay meanwhile.
   int64_t activation_bytes = 384 << 10;
+  bool writes_codes = false;  // takes TileTask::codes
 };
 
 // Null if this build has no such variant.
@@ -242,5 +256,10 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
 void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                             const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
                             int64_t block_begin, int64_t block_end, const float* group_scale = nullptr);
+
+// The same to codes. Only kernels that write floats need memory that may be lacking.
+Status packed_view_run_codes(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                             const int32_t* row_sums, int64_t row_count, const float* bias, const CodeOutputs& codes,
+                             int64_t block_begin, int64_t block_end);
 
 }  // namespace bantamweight

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "code_maps/code_maps.h"
 #include "lowbit_linear/lowbit_linear.h"
 #include "runtime/fresh_pages.h"
 #include "runtime/scratch.h"
@@ -281,11 +282,11 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   return lacks_memory.load() ? Status::out_of_memory : Status::ok;
 }
 
-void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
-                            const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                            int64_t block_begin, int64_t block_end, const float* group_scale) {
-  const int64_t block_n = view.kernel->block_n;
-  TileTask task;
+namespace {
+
+TileTask task_of(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
+                 int64_t row_count) {
+  TileTask task = {};
   task.uniform_zero = view.uniform_zero;
   task.pieces = view.pieces;
   task.piece_count = view.piece_count;
@@ -293,9 +294,14 @@ void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, c
   task.rows = rows;
   task.row_scale = row_scale;
   task.row_sums = row_sums;
-  task.group_scale = group_scale;
   task.row_count = row_count;
-  task.ldy = ldy;
+  return task;
+}
+
+// The task for the channels of blocks block_begin .. block_end - 1; bias and y are those of channel 0.
+void run_blocks(const PackedView& view, TileTask task, const float* bias, float* y, int64_t block_begin,
+                int64_t block_end) {
+  const int64_t block_n = view.kernel->block_n, row_count = task.row_count;
   const LinearKernel& kernel = *view.kernel;
   Expanded room;
   if (view.bits == 3 && kernel.expand_block != nullptr && row_count >= kernel.expand_rows) {
@@ -309,7 +315,8 @@ void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, c
     task.scale = view.scale + b * view.groups * block_n;
     task.zero_scale = view.zero_scale == nullptr ? nullptr : view.zero_scale + b * view.groups * block_n;
     task.bias = bias == nullptr ? nullptr : bias + b * block_n;
-    task.y = y + b * block_n;
+    if (y != nullptr) task.y = y + b * block_n;
+    task.first_channel = b * block_n;
     task.block_n_valid = std::min(block_n, view.n - b * block_n);
     if (kernel.run_blocks != nullptr) count = block_end - b;
     if (room.blocks != nullptr) {
@@ -328,6 +335,53 @@ void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, c
       kernel.run(bits, task);
     }
   }
+}
+
+}  // namespace
+
+void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                            const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
+                            int64_t block_begin, int64_t block_end, const float* group_scale) {
+  TileTask task = task_of(view, rows, row_scale, row_sums, row_count);
+  task.group_scale = group_scale;
+  task.ldy = ldy;
+  run_blocks(view, task, bias, y, block_begin, block_end);
+}
+
+Status packed_view_run_codes(const PackedView& view, const int8_t* const* rows, const float* row_scale,
+                             const int32_t* row_sums, int64_t row_count, const float* bias, const CodeOutputs& codes,
+                             int64_t block_begin, int64_t block_end) {
+  if (view.kernel->writes_codes) {
+    TileTask task = task_of(view, rows, row_scale, row_sums, row_count);
+    task.codes = codes;
+    run_blocks(view, task, bias, nullptr, block_begin, block_end);
+    return Status::ok;
+  }
+  // A few rows at a time, whose floats stay in L1 or near it.
+  constexpr int64_t kFloats = 8 << 10;
+  const int64_t block_n = view.kernel->block_n, first = block_begin * block_n;
+  const int64_t width = std::min(view.n, block_end * block_n) - first, ldy = (width + 15) / 16 * 16;
+  const int64_t rows_at_once = std::max<int64_t>(16, kFloats / std::max<int64_t>(1, ldy) / 16 * 16);
+  thread_local Scratch scratch;
+  const int64_t most = std::min(rows_at_once, row_count);
+  auto* floats = reinterpret_cast<float*>(scratch.get(most * ldy * static_cast<int64_t>(sizeof(float))));
+  if (floats == nullptr) return Status::out_of_memory;
+  const auto to_codes = code_maps_kernel(view.kernel->isa)->to_codes;
+  for (int64_t row = 0; row < row_count; row += rows_at_once) {
+    const int64_t count = std::min(rows_at_once, row_count - row);
+    TileTask task = task_of(view, rows + row, row_scale + row, row_sums + row * view.groups, count);
+    task.ldy = ldy;
+    run_blocks(view, task, bias, floats - first, block_begin, block_end);
+    for (int64_t r = 0; r < count; ++r) {
+      WeightedSum sum;
+      sum.floats = floats + r * ldy;
+      if (codes.added != nullptr) sum.a = codes.added[row + r] + first;
+      sum.factor_a = codes.factor;
+      sum.count = width;
+      to_codes(sum, codes.rows[row + r] + first);
+    }
+  }
+  return Status::ok;
 }
 
 }  // namespace bantamweight

@@ -42,6 +42,8 @@ void bind_conv_network(py::module_& module) {
       .def_readwrite("stride_w", &Step::stride_w)
       .def_readwrite("pad_h", &Step::pad_h)
       .def_readwrite("pad_w", &Step::pad_w)
+      .def_readwrite("scale", &Step::scale)
+      .def_readwrite("zero", &Step::zero)
       .def_readwrite("channels_before", &Step::channels_before)
       .def_readwrite("channels_after", &Step::channels_after);
 

@@ -1,5 +1,5 @@
-// A network of every kind of step on every variant: against the steps one by one, and bit for bit
-// against the reference.
+// A network of every kind of step on every variant, with float maps and with maps of codes: against the
+// steps one by one, and bit for bit against the reference.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -35,13 +35,15 @@ ConvShape shape_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int6
 struct Conv {
   std::unique_ptr<uint8_t, void (*)(void*)> layout{nullptr, std::free};
   int64_t bytes = 0;
-  std::vector<float> bias;
+  ConvShape shape;
+  std::vector<uint8_t> codes;
+  std::vector<float> scale, zero, bias;
 
-  Conv(const ConvShape& s, Isa isa, int seed) {
+  Conv(const ConvShape& s, Isa ceiling, int seed) : shape(s) {
+    const Isa isa = conv_select(s, ceiling);
     check::Random random(static_cast<unsigned>(seed));
-    std::vector<uint8_t> codes(static_cast<size_t>(s.out_channels * s.k()));
+    codes.resize(static_cast<size_t>(s.out_channels * s.k()));
     for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(16));
-    std::vector<float> scale, zero;
     for (int64_t i = 0; i < s.out_channels; ++i) {
       scale.push_back(0.02f * (1.5f + random.uniform()));
       zero.push_back(static_cast<float>(random.below(16)));
@@ -215,6 +217,221 @@ void test_variant(Isa isa) {
   }
 }
 
+// A map in doubles, channels last.
+struct Image {
+  int64_t channels, height, width;
+  std::vector<double> values;
+  double at(int64_t y, int64_t x, int64_t c) const {
+    return values[static_cast<size_t>((y * width + x) * channels + c)];
+  }
+};
+
+Image conv_in_doubles(const Conv& conv, const Image& x) {
+  const ConvShape& s = conv.shape;
+  Image y = {s.out_channels, conv_out_height(s, x.height), conv_out_width(s, x.width), {}};
+  const int64_t depth = s.in_channels / s.groups, per_group = s.out_channels / s.groups;
+  for (int64_t oy = 0; oy < y.height; ++oy) {
+    for (int64_t ox = 0; ox < y.width; ++ox) {
+      for (int64_t o = 0; o < s.out_channels; ++o) {
+        double sum = 0.0;
+        for (int64_t k = 0; k < s.k(); ++k) {
+          const int64_t iy = oy * s.stride_h - s.pad_top + k / depth / s.kernel_w;
+          const int64_t ix = ox * s.stride_w - s.pad_left + k / depth % s.kernel_w;
+          if (iy < 0 || ix < 0 || iy >= x.height || ix >= x.width) continue;
+          const double w =
+              conv.codes[static_cast<size_t>(o * s.k() + k)] - static_cast<double>(conv.zero[static_cast<size_t>(o)]);
+          sum += w * x.at(iy, ix, o / per_group * depth + k % depth);
+        }
+        y.values.push_back(sum * static_cast<double>(conv.scale[static_cast<size_t>(o)]) +
+                           static_cast<double>(conv.bias[static_cast<size_t>(o)]));
+      }
+    }
+  }
+  return y;
+}
+
+Image plain_step(const NetworkStep& step, const Image& x) {
+  Image y = x;
+  y.values.clear();
+  if (step.kind == Kind::max_pool) {
+    y.height = (x.height + 2 * step.pad_h - step.kernel_h) / step.stride_h + 1;
+    y.width = (x.width + 2 * step.pad_w - step.kernel_w) / step.stride_w + 1;
+  } else if (step.kind == Kind::average) {
+    y.height = y.width = 1;
+  } else if (step.kind == Kind::subsample) {
+    y = {x.channels + step.channels_before + step.channels_after,
+         (x.height - 1) / step.stride_h + 1,
+         (x.width - 1) / step.stride_w + 1,
+         {}};
+  }
+  for (int64_t oy = 0; oy < y.height; ++oy) {
+    for (int64_t ox = 0; ox < y.width; ++ox) {
+      for (int64_t c = 0; c < y.channels; ++c) {
+        double value = step.kind == Kind::max_pool ? -1e30 : 0.0;
+        if (step.kind == Kind::subsample) {
+          const int64_t from = c - step.channels_before;
+          if (from >= 0 && from < x.channels) value = x.at(oy * step.stride_h, ox * step.stride_w, from);
+        } else if (step.kind == Kind::average) {
+          for (int64_t i = 0; i < x.height * x.width; ++i) value += x.at(i / x.width, i % x.width, c);
+          value /= static_cast<double>(x.height * x.width);
+        } else if (step.kind == Kind::max_pool) {
+          for (int64_t ky = 0; ky < step.kernel_h; ++ky) {
+            for (int64_t kx = 0; kx < step.kernel_w; ++kx) {
+              const int64_t iy = oy * step.stride_h - step.pad_h + ky, ix = ox * step.stride_w - step.pad_w + kx;
+              if (iy >= 0 && ix >= 0 && iy < x.height && ix < x.width) value = std::fmax(value, x.at(iy, ix, c));
+            }
+          }
+        } else {
+          value = x.at(oy, ox, c);
+        }
+        y.values.push_back(value);
+      }
+    }
+  }
+  return y;
+}
+
+// What a network of maps of codes is, for one channels-last image: each value rounded to its codes.
+std::vector<double> by_hand_in_codes(const std::vector<NetworkStep>& steps, const std::vector<const Conv*>& convs,
+                                     Image x) {
+  double most = 0.0;
+  for (double v : x.values) most = std::fmax(most, std::fabs(v));
+  for (double& v : x.values) v = std::nearbyint(v * 127.0 / most) * most / 127.0;
+  std::vector<Image> values = {x};
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const NetworkStep& step = steps[i];
+    const Image& from = values[static_cast<size_t>(step.input)];
+    Image y = step.kind == Kind::conv ? conv_in_doubles(*convs[i], from) : plain_step(step, from);
+    for (size_t j = 0; j < y.values.size(); ++j) {
+      double& v = y.values[j];
+      if (step.residual != -1) v += values[static_cast<size_t>(step.residual)].values[j];
+      if (step.relu) v = std::fmax(v, 0.0);
+      if (step.scale == 0.0f) continue;
+      const double scale = static_cast<double>(step.scale), zero = static_cast<double>(step.zero);
+      v = scale * (std::fmin(std::fmax(std::nearbyint(v / scale + zero), -127.0), 127.0) - zero);
+    }
+    values.push_back(y);
+  }
+  return values.back().values;
+}
+
+struct CodeNetwork {
+  Conv stem, same, grouped, depthwise, point, narrow, down;
+  std::vector<NetworkStep> steps;
+  std::vector<const Conv*> convs;
+
+  static ConvShape in_groups(ConvShape s, int64_t groups) {
+    s.groups = groups;
+    s.group_size = s.k();
+    return s;
+  }
+
+  // Every kind of step, borders of several widths, and several groups of k; a value of all that may be read
+  // by others, a residual with and without ReLU.
+  explicit CodeNetwork(Isa isa)
+      : stem(shape_of(3, 12, 3, 1, 1), isa, 1),
+        same(shape_of(12, 12, 5, 1, 2), isa, 2),
+        grouped(in_groups(shape_of(12, 24, 3, 1, 1), 2), isa, 5),
+        depthwise(in_groups(shape_of(24, 24, 3, 1, 1), 24), isa, 6),
+        point(shape_of(24, 72, 1, 2, 0), isa, 3),
+        narrow(shape_of(72, 20, 1, 1, 0), isa, 7),
+        down(shape_of(20, 70, 3, 2, 1), isa, 4) {
+    add(stem.step(0, -1, true), &stem, 0.02f, -127);
+    add(same.step(1, -1, false), &same, 0.03f, 9);
+    add(same.step(2, 1, true), &same, 0.04f, -127);
+    NetworkStep pool = step_of(Kind::max_pool, 3), shortcut = step_of(Kind::subsample, 6);
+    pool.kernel_h = pool.kernel_w = 3;
+    pool.stride_h = 2;
+    pool.pad_h = pool.pad_w = 1;
+    add(pool, nullptr, 0.04f, -127);
+    add(grouped.step(4, -1, false), &grouped, 0.05f, -3);
+    add(depthwise.step(5, 5, true), &depthwise, 0.06f, -127);
+    shortcut.stride_h = shortcut.stride_w = 2;
+    shortcut.channels_before = 7;
+    shortcut.channels_after = 41;
+    add(shortcut, nullptr, 0.06f, -127);
+    add(point.step(6, -1, false), &point, 0.07f, 1);
+    NetworkStep sum = step_of(Kind::add, 7);
+    sum.residual = 8;
+    add(sum, nullptr, 0.09f, -20);
+    add(narrow.step(9, -1, true), &narrow, 0.1f, -127);
+    add(down.step(10, -1, false), &down, 0.0f, 0);
+  }
+
+  void add(NetworkStep step, const Conv* conv, float scale, int64_t zero) {
+    step.scale = scale;
+    step.zero = zero;
+    steps.push_back(step);
+    convs.push_back(conv);
+  }
+
+  // The first `count` steps; the last gives floats.
+  std::vector<NetworkStep> first(size_t count) const {
+    std::vector<NetworkStep> some(steps.begin(), steps.begin() + static_cast<std::ptrdiff_t>(count));
+    some.back().scale = 0.0f;
+    some.back().zero = 0;
+    return some;
+  }
+};
+
+void test_codes(Isa isa) {
+  const CodeNetwork network(isa), oracle(Isa::reference);
+  check::Random random(6);
+  for (size_t count = 1; count <= network.steps.size() + 1; ++count) {
+    std::vector<NetworkStep> steps, reference_steps;
+    if (count <= network.steps.size()) {
+      steps = network.first(count);
+      reference_steps = oracle.first(count);
+    } else {  // and an average of codes
+      steps = network.first(10);
+      reference_steps = oracle.first(10);
+      for (auto* each : {&steps, &reference_steps}) {
+        each->back().scale = 0.1f;
+        each->back().zero = -127;
+        each->push_back(step_of(Kind::average, 10));
+      }
+    }
+    for (int64_t images : {int64_t{1}, int64_t{3}, int64_t{19}}) {
+      const int64_t height = 5 + random.below(14), width = 6 + random.below(14);
+      const std::vector<float> x = random_images(images, 3 * height * width, random);
+      const Result ours = run(steps, images, height, width, x, true);
+      const Result reference = run(reference_steps, images, height, width, x, true);
+      CHECK(ours.status == Status::ok && reference.status == Status::ok);
+      CHECK_NOTE(same_bits(ours.y, reference.y), "%s, %d steps, %d images of %d x %d", isa_name(isa),
+                 static_cast<int>(count), static_cast<int>(images), static_cast<int>(height), static_cast<int>(width));
+      if (isa != Isa::reference) continue;
+      const Image image = {3, height, width, std::vector<double>(x.begin(), x.begin() + 3 * height * width)};
+      const std::vector<double> expected = by_hand_in_codes(steps, network.convs, image);
+      double error = 0.0, size = 0.0;
+      for (size_t i = 0; i < expected.size(); ++i) {
+        error += std::pow(expected[i] - static_cast<double>(ours.y[i]), 2.0);
+        size += std::pow(expected[i], 2.0);
+      }
+      CHECK_NOTE(error <= 1e-5 * size, "%d steps are off by %g", static_cast<int>(count), std::sqrt(error / size));
+    }
+  }
+}
+
+void test_refused_codes() {
+  const CodeNetwork network(Isa::reference);
+  const std::vector<float> x(3 * 12 * 12, 1.0f);
+  const auto status = [&](size_t step, float scale, int64_t zero) {
+    std::vector<NetworkStep> steps = network.steps;
+    steps[step].scale = scale;
+    steps[step].zero = zero;
+    return run(steps, 1, 12, 12, x, true).status;
+  };
+  CHECK(status(0, 0.02f, -127) == Status::ok);
+  CHECK(status(0, 0.0f, 0) == Status::invalid_argument);      // floats between codes
+  CHECK(status(0, 0.02f, -126) == Status::invalid_argument);  // ReLU
+  CHECK(status(0, -0.02f, -127) == Status::invalid_argument);
+  CHECK(status(1, 1e-42f, 0) == Status::invalid_argument);
+  CHECK(status(1, std::numeric_limits<float>::infinity(), 0) == Status::invalid_argument);
+  CHECK(status(1, 0.03f, 128) == Status::invalid_argument);
+  CHECK(status(3, 0.05f, -127) == Status::invalid_argument);  // pooling keeps its input's
+  CHECK(status(10, 0.05f, 0) == Status::invalid_argument);    // the last gives floats
+}
+
 void test_refusals() {
   const Convs convs(Isa::reference);
   std::vector<float> x(3 * 8 * 8, 1.0f);
@@ -250,8 +467,10 @@ int main() {
   for (std::size_t i = 0; i < count; ++i) {
     if (isas[i] > ceiling || isa_missing(isas[i]) != nullptr) continue;
     test_variant(isas[i]);
+    test_codes(isas[i]);
     std::printf("  conv_network    %-12s ran, equal to the reference\n", isa_name(isas[i]));
   }
   test_refusals();
+  test_refused_codes();
   return check::report("test_conv_network");
 }

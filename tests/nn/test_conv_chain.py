@@ -7,7 +7,7 @@ from typing import Any
 import bantamweight as bw
 import pytest
 import torch
-from bantamweight.errors import BantamweightError
+from bantamweight.errors import BantamweightError, CalibrationError
 from bantamweight.nn import PackedConv2d, PackedConvChain, fuse
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -197,3 +197,157 @@ def test_what_cannot_be_traced_stays() -> None:
     model = packed(Branching(), x)
     with pytest.raises(BantamweightError, match="nothing in this Branching can be fused"):
         fuse(model)
+
+
+def in_codes(chain: Any, x: Tensor) -> Tensor:
+    """What int8 maps make of a chain: every value rounded to its codes, everything else in doubles."""
+    most = x.abs().amax((1, 2, 3), keepdim=True).double()
+    values: dict[Any, Tensor] = {None: (x.double() * (127 / most)).round() * (most / 127)}
+    y = x
+    for step in chain._steps:
+        y = values[step.input]
+        if step.conv is not None:
+            conv = step.conv
+            bias = None if conv.bias is None else conv.bias.double()
+            weight = conv.quantized.dequantize().double().view(conv.out_channels, *conv.kernel_size, -1)
+            y = F.conv2d(y, weight.permute(0, 3, 1, 2), bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        elif step.kind == "max_pool":
+            y = F.max_pool2d(y, step.kernel_size, step.stride, step.padding)
+        elif step.kind == "average":
+            y = y.mean((2, 3), keepdim=True)
+        elif step.kind == "subsample":
+            y = F.pad(y[:, :, :: step.stride[0], :: step.stride[1]], (0, 0, 0, 0, *step.channels))
+        if step.residual is not None:
+            y = y + values[step.residual]
+        y = y.relu() if step.relu else y
+        if (maps := chain._ranges.get(step)) is not None:
+            y = maps.scale * ((y / maps.scale + maps.zero).round().clamp(-127, 127) - maps.zero)
+        values[step] = y
+    return y
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_int8_maps(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+    torch.manual_seed(5)
+    x = torch.randn(9, 3, 40, 32)
+    model = packed(Residual(), x)
+    fused, dynamic = fuse(model, calibration=[x[:4], x[4:]]), fuse(model)
+    chain: Any = fused.conv_chain_0
+    assert chain.has_int8_maps and not dynamic.conv_chain_0.has_int8_maps  # type: ignore[union-attr]
+    assert "int8 maps" in repr(chain)
+    for images in (1, 2, 9):
+        for size in ((40, 32), (33, 51)):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(images, 3, *size).contiguous(memory_format=memory_format)
+                expected = in_codes(chain, x).float().flatten(1)
+                # Where a sum lies between two codes, float and double may round to different ones.
+                assert float((chain(x) - expected).norm()) <= 3e-3 * float(expected.norm())
+                assert float((fused(x) - dynamic(x)).norm()) <= 0.1 * float(dynamic(x).norm())
+
+
+class Shared(nn.Module):
+    """A shortcut by another name: what becomes of it must not change the value itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(n, 6, 3, padding=1) for n in (3, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        same = F.pad(x[:, :, ::1, ::1], (0, 0, 0, 0, 0, 0))
+        y = self.second(x) + same
+        y = self.third(y) + y[:, :, ::1, ::1]
+        return y + torch.relu(y[:, :, ::1, ::1])
+
+
+def test_other_names_of_a_value() -> None:
+    torch.manual_seed(8)
+    x = torch.randn(2, 3, 9, 9)
+    model = packed(Shared(), x)
+    assert torch.equal(fuse(model)(x), model(x))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(n, 6, 3, padding=1) for n in (3, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            return (self.second(x) + F.pad(x[:, :, ::1, ::1], (0, 0, 0, 0, 0, 0))).relu()
+
+    model = packed(Block(), x)
+    fused: Any = fuse(model)
+    assert [step.kind for step in fused.conv_chain_0._steps] == ["conv", "conv"]
+    assert torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_int8_maps_do_not_depend_on_threads_and_batches(residual: nn.Module, threads: int) -> None:
+    x = torch.randn(40, 3, 33, 32)
+    fused = fuse(residual, calibration=x)
+    before = torch.get_num_threads()
+    one_by_one = torch.cat([fused(image) for image in x.split(1)])
+    torch.set_num_threads(threads)
+    try:
+        for images in (1, 2, 3, 7, 16, 17, 40):
+            assert torch.allclose(fused(x[:images]), one_by_one[:images], rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_int8_maps_of_other_inputs_and_copies(residual: nn.Module) -> None:
+    x = torch.randn(4, 3, 40, 32)
+    fused = fuse(residual, calibration=x)
+    y = fused(x)
+    assert torch.equal(copy.deepcopy(fused)(x), y)
+    chain: Any = fused.conv_chain_0
+    half = chain(x.bfloat16())
+    assert half.dtype is torch.bfloat16 and torch.equal(half, chain(x.bfloat16().float()).bfloat16())
+    assert fused(x[:0]).shape == (0, 5)
+    assert torch.isfinite(fused(1e6 * x)).all()  # beyond the ranges: cut off
+    with pytest.raises(BantamweightError, match="NaN or infinity"):
+        fused(torch.full((1, 3, 40, 32), float("inf")))
+
+
+def test_maps_of_zeros_and_of_one_sign() -> None:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 3, 1))
+    x = torch.rand(3, 2, 9, 9)
+    with torch.no_grad():
+        net[0].bias.fill_(-100)  # type: ignore[union-attr]
+        net[2].bias.fill_(-3)  # type: ignore[union-attr]
+    model = packed(net, x)
+    fused: Any = fuse(model, calibration=x)
+    zeros, negative = fused.conv_chain_0._ranges.values()
+    assert (zeros.scale, zeros.zero) == (1.0, -127)
+    assert negative.zero == 127
+    assert torch.allclose(fused(x), model(x), atol=0.02 * float(model(x).abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "sentence"),
+    [
+        (torch.zeros(0, 3, 40, 32), "empty"),
+        ([], "empty"),
+        (torch.randn(2, 4, 40, 32), "takes inputs"),
+        (torch.full((2, 3, 40, 32), float("nan")), "NaN or infinity"),
+        ("images", "must be a tensor"),
+    ],
+)
+def test_bad_calibration_data(residual: nn.Module, calibration: Any, sentence: str) -> None:
+    with pytest.raises(BantamweightError, match=sentence):
+        fuse(residual, calibration=calibration)
+
+
+def test_calibration_that_reaches_no_chain() -> None:
+    torch.manual_seed(7)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = bw.pack(bw.quantize(layer, "W4", calibration=torch.randn(2, 3, 16), progress=False))
+    with pytest.raises(BantamweightError, match="no chain of them"):
+        fuse(model, calibration=torch.randn(2, 3, 16))
+
+    chain: Any = fuse(packed(Residual(), torch.randn(2, 3, 40, 32))).conv_chain_0
+    chain.observe(True)
+    with pytest.raises(CalibrationError, match="never reaches"):
+        chain.use_int8_maps()

@@ -1,8 +1,9 @@
 """Chains of packed convolutions, with what lies between them, as one call."""
 
 import logging
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -13,6 +14,7 @@ from torch.jit import is_tracing  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn import functional as F  # noqa: N812
 
 from .. import _C
+from ..errors import CalibrationError
 from ..ops.lowbit_linear import check_status
 from ..weights import pair
 from .fold import LayerTracer
@@ -52,12 +54,36 @@ class _Step:
         return x.relu() if self.relu else x
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodeRange:
+    """A feature map as int8 codes: value = scale * (code - zero), codes -127 .. 127."""
+
+    scale: float
+    zero: int
+
+    @classmethod
+    def covering(cls, low: float, high: float) -> "CodeRange":
+        """Of the values from low to high and zero, which has a code: -127 where no value is below it."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        # Rounded to the float32 that the kernels compute with.
+        scale = float(torch.tensor((high - low) / 254, dtype=torch.float32))
+        if scale < torch.finfo(torch.float32).tiny:  # a map of zeros
+            return cls(scale=1.0, zero=-127)
+        return cls(scale=scale, zero=max(-127, min(127, round(-127 - low / scale))))
+
+
 class PackedConvChain(nn.Module):
     """Packed convolutions and the ReLUs, residual sums and poolings between them; `nn.fuse` makes it.
 
     A few images at a time run through the whole chain in memory that is kept between calls, so feature maps stay in
     the caches. Outputs equal those of the single layers (an average over pixels up to float rounding) and are channels
     last.
+
+    After `use_int8_maps` the maps inside the chain are int8 with one scale a map, known from calibration data (Jacob
+    et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, arXiv
+    1712.05877), as static quantization elsewhere has them: a convolution writes them and the next reads them as they
+    lie. Only the chain's input is still rounded image by image. Graphs of torch.compile and traces keep the single
+    layers, whose scales are dynamic.
     """
 
     def __init__(self, steps: Sequence[_Step], flat: bool) -> None:
@@ -66,6 +92,8 @@ class PackedConvChain(nn.Module):
         self.convolutions = nn.ModuleList(step.conv for step in steps if step.conv is not None)
         self._key: Any = None  # the addresses that _network was built on
         self._network: Any = None
+        self._ranges: dict[_Step, CodeRange] = {}  # of every step but the last; empty: float maps
+        self._seen: dict[_Step, tuple[float, float]] | None = None  # what `observe` has met
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_key": None, "_network": None}
@@ -77,8 +105,12 @@ class PackedConvChain(nn.Module):
             BantamweightError: x is not a float32, bfloat16 or float16 tensor on the CPU with the channels of the first
                 layer, is too small for a layer, requires a gradient, or holds NaN or infinity.
         """
+        if self._ranges and x.dtype in (torch.bfloat16, torch.float16) and not (is_compiling() or is_tracing()):
+            return self.forward(x.float()).to(x.dtype)
         plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu and x.ndim == 4 and len(x)
         if not plain or is_compiling() or is_tracing() or (x.requires_grad and torch.is_grad_enabled()):
+            return self._run_layers(x)
+        if self._seen is not None:
             return self._run_layers(x)
         key = [conv._addresses for conv in self.convolutions]  # type: ignore[union-attr]
         if key != self._key:
@@ -93,6 +125,41 @@ class PackedConvChain(nn.Module):
             check_status(status, "a chain of packed convolutions")
         return y.flatten(1) if self._flat else y
 
+    @property
+    def has_int8_maps(self) -> bool:
+        return bool(self._ranges)
+
+    def observe(self, on: bool) -> None:
+        """Starts or stops recording the range of every map, on the float maps of the single layers."""
+        self._seen = {} if on else None
+
+    def use_int8_maps(self) -> None:
+        """Makes the maps between the steps int8, in the ranges that were recorded since `observe`, and stops that.
+
+        Raises:
+            CalibrationError: nothing was recorded, or no finite range.
+        """
+        seen, self._seen = self._seen, None
+        if not seen:
+            raise CalibrationError(
+                f"the calibration data never reaches the chain of convolutions that begins with "
+                f"{self._steps[0].conv}; pass calibration data that the whole model runs on"
+            )
+        ranges: dict[_Step, CodeRange] = {}
+        for step in self._steps[:-1]:
+            if step.kind in ("max_pool", "subsample"):  # keep the codes they are given
+                assert step.input is not None
+                ranges[step] = ranges[step.input]
+                continue
+            low, high = seen[step]
+            if not math.isfinite(high - low):
+                raise CalibrationError(
+                    f"the feature maps behind {step.conv or step.kind} reach from {low:g} to {high:g} on the "
+                    "calibration data, which no int8 scale covers; scale the calibration data, or check the weights"
+                )
+            ranges[step] = CodeRange.covering(0.0 if step.relu else low, high)
+        self._ranges, self._key = ranges, None
+
     def _run_layers(self, x: Tensor) -> Tensor:
         """The way of graphs, of tensors that are more than a plain one, and of refusals."""
         values: dict[_Step | None, Tensor] = {None: x}
@@ -100,6 +167,9 @@ class PackedConvChain(nn.Module):
         for step in self._steps:
             y = step.run(values[step.input], None if step.residual is None else values[step.residual])
             values[step] = y
+            if self._seen is not None and y.numel():
+                low, high = self._seen.get(step, (0.0, 0.0))
+                self._seen[step] = (min(low, float(y.amin())), max(high, float(y.amax())))
         return y.flatten(1) if self._flat else y
 
     def _describe(self) -> list["_C.NetworkStep"]:
@@ -115,6 +185,8 @@ class PackedConvChain(nn.Module):
             made.stride_h, made.stride_w = step.stride
             made.pad_h, made.pad_w = step.padding
             made.channels_before, made.channels_after = step.channels
+            if (maps := self._ranges.get(step)) is not None:
+                made.scale, made.zero = maps.scale, maps.zero
             described.append(made)
             index[step] = len(described)
         return described
@@ -125,7 +197,27 @@ class PackedConvChain(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{len(self._steps)} steps"
+        return f"{len(self._steps)} steps" + (", int8 maps" if self._ranges else "")
+
+
+def use_int8_maps(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Makes the maps inside every chain of the model int8, with ranges from batches (`quantize.calibrate.Batch`).
+
+    Raises:
+        BantamweightError: a chain that no batch reaches, or batches that the model or its layers refuse.
+    """
+    chains = [module for module in model.modules() if isinstance(module, PackedConvChain)]
+    for chain in chains:
+        chain.observe(True)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                batch.run(model)
+        for chain in chains:
+            chain.use_int8_maps()
+    finally:
+        for chain in chains:
+            chain.observe(False)
 
 
 def chain_convolutions(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -202,6 +294,7 @@ class _Chain:
     steps: list[_Step] = field(default_factory=list)
     value: dict[fx.Node, _Step | None] = field(default_factory=dict)  # None: the source's
     flat: set[fx.Node] = field(default_factory=set)  # [n, channels]: may only leave
+    shared: set[fx.Node] = field(default_factory=set)  # other names of a value that others read as well
 
     def take(self, node: fx.Node) -> bool:
         taken = self._take(node, _module(node, self.modules))
@@ -229,16 +322,21 @@ class _Chain:
         step = self.value.get(x)
         if step is None:
             return False
-        alone = len(x.users) == 1
+        alone = self._alone(x)
         if isinstance(module, nn.ReLU) or node.target in _RELUS:
             if step.kind not in ("conv", "add") or not alone or set(node.kwargs) - {"inplace"}:
                 return False
             step.relu = True
             self.value[node] = step
             return True
-        if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout | nn.Dropout2d) and not module.training):
+        nothing = _subsampling(node) == (1, 1) or _channel_padding(node) == (0, 0)
+        if isinstance(module, nn.Dropout | nn.Dropout2d):
+            nothing = not module.training
+        if nothing or isinstance(module, nn.Identity):
             self.value[node] = step
-            return alone  # else a ReLU behind one of the names would change what the other is
+            if not alone:
+                self.shared.add(node)
+            return True
         if (pool := _pooling(node, module)) is not None:
             size, stride, padding = pool
             return self._append(
@@ -262,6 +360,10 @@ class _Chain:
             return self._append(node, _Step(kind="subsample", input=step, channels=channels))
         return False
 
+    def _alone(self, node: fx.Node) -> bool:
+        """Whether nothing else reads the node's value, so that its step may become what its one reader makes of it."""
+        return len(node.users) == 1 and node not in self.shared
+
     def _append(self, node: fx.Node, step: _Step) -> bool:
         self.steps.append(step)
         self.value[node] = step
@@ -272,12 +374,12 @@ class _Chain:
         found = [(self.value.get(a), a, b), (self.value.get(b), b, a)]
         if any(step is None for step, _, _ in found) or a in self.flat or b in self.flat or a is b:
             return False
-        if node.target in (operator.iadd, "add_") and len(a.users) > 1:  # the others may mean the sum
+        if node.target in (operator.iadd, "add_") and not self._alone(a):  # the others may mean the sum
             return False
         found.sort(key=lambda entry: self.steps.index(entry[0]), reverse=True)  # type: ignore[arg-type]
         for step, own, other in found:
             assert step is not None
-            if step.kind == "conv" and not step.relu and step.residual is None and len(own.users) == 1:
+            if step.kind == "conv" and not step.relu and step.residual is None and self._alone(own):
                 if self.value[other] is step:
                     continue
                 self.steps.remove(step)
