@@ -111,6 +111,28 @@ def test_forms_load_each_others_state_dicts() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_hooks_run() -> None:
+    layer, x, seen = PackedLinear(weight(8, 16)), torch.randn(3, 16), []
+    plain = layer(x)
+    removable = [
+        layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+        layer.register_forward_hook(lambda module, inputs, y: y + 1.0),
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, inputs: seen.append("before")),
+        torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, y: seen.append("after")),
+    ]
+    assert torch.equal(layer(x), 2.0 * plain + 1.0)
+    assert seen == ["before", "after"]
+    for index in (0, 2, 1):  # whatever is left alone still runs
+        removable[index].remove()
+        expected = plain + 1.0 if index != 1 else plain
+        seen.clear()
+        assert torch.equal(layer(x), expected)
+        assert seen == (["before", "after"] if index == 0 else ["after"])
+    removable[3].remove()
+    assert torch.equal(layer(x=x), plain)
+
+
 def test_a_deep_copy_outlives_the_original() -> None:
     packed = PackedLinear(weight(64, 64), torch.randn(64))
     x = torch.randn(2, 64)

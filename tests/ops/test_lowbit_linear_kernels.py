@@ -183,3 +183,11 @@ def test_quantize_rows_equals_reference(
     assert torch.equal(q, expected_q)
     assert same_bits(scale, expected_scale)
     assert torch.equal(sums, expected_sums)
+
+
+def test_forward_refuses_what_are_no_eight_ints() -> None:
+    with pytest.raises(TypeError, match="takes 8 ints, but 2 arguments came"):
+        _C.linear_forward(0, 0)
+    with pytest.raises(TypeError):
+        _C.linear_forward(*(["0"] * 8))
+    assert _C.linear_forward(*([0] * 8)) != 0
