@@ -16,7 +16,7 @@ struct Plan {
   Isa isa = Isa::reference;
   int64_t group_size[kMaxStages];  // of the sums of a stage's rounded inputs
   bool rounded[kMaxStages] = {};   // a stage's outputs are only read rounded to int8
-  int64_t weight_bytes = 0;
+  int64_t weight_bytes = 0, macs_per_row = 0;
   int64_t floats_per_row = 0;                   // of every intermediate output
   int64_t codes_per_row = 0, sums_per_row = 0;  // of the widest rounded one
 };
@@ -43,6 +43,7 @@ Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args,
     if (residual >= i || residual < ChainStage::kGiven) return Status::invalid_argument;
     if (residual >= 0 && plan->shape[residual].n != shape.n) return Status::invalid_argument;
     plan->weight_bytes += stages[i].weight.layout_bytes;
+    plan->macs_per_row += shape.n * shape.k;
     plan->floats_per_row += shape.n;
   }
   const LinearShape &first = plan->shape[0], &last = plan->shape[count - 1];
@@ -183,16 +184,19 @@ Status linear_chain(const ChainStage* stages, int64_t count, const ChainArgs& ar
   // through it once a chunk.
   constexpr int64_t kKeptWeightBytes = 3 << 19, kChunkBytes = 384 << 10, kStreamingChunkBytes = 1 << 20;
   // Fewer rows a thread than this, and reading all weights on each costs more than sharing them.
-  constexpr int64_t kMinRowsPerThread = 32;
+  constexpr int64_t kMinRowsPerThread = 16, kMinStreamingRowsPerThread = 32;
+  constexpr int64_t kMinParallelMacs = 1 << 20;  // less is done before a second thread is awake
   Plan plan;
   const Status status = make_plan(stages, count, args, &plan);
   if (status != Status::ok || args.m == 0) return status;
 
   const int64_t row_bytes = std::max<int64_t>(1, plan.floats_per_row * static_cast<int64_t>(sizeof(float)));
-  const int64_t chunk_bytes = plan.weight_bytes <= kKeptWeightBytes ? kChunkBytes : kStreamingChunkBytes;
+  const bool kept = plan.weight_bytes <= kKeptWeightBytes;
+  const int64_t chunk_bytes = kept ? kChunkBytes : kStreamingChunkBytes;
+  const int64_t min_rows = kept ? kMinRowsPerThread : kMinStreamingRowsPerThread;
   const int64_t threads = available_threads();
   int64_t rows = std::max<int64_t>(32, chunk_bytes / row_bytes / 16 * 16);
-  const bool share_rows = threads > 1 && args.m >= threads * kMinRowsPerThread;
+  const bool share_rows = threads > 1 && args.m >= threads * min_rows && args.m * plan.macs_per_row >= kMinParallelMacs;
   if (share_rows) rows = std::min(rows, ((args.m + threads - 1) / threads + 15) / 16 * 16);
   const int64_t chunks = (args.m + rows - 1) / rows;
   std::atomic<int> worst{static_cast<int>(Status::ok)};
