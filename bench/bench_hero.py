@@ -15,11 +15,13 @@ goes on from the same trained ResNet-20.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -53,6 +55,8 @@ class Task:
     select_at: dict[float, float] = field(default_factory=dict)  # noise -> noise its candidates are chosen at
     selection_seeds: tuple[int, ...] = SELECTION_SEEDS
     final_seeds: tuple[int, ...] = FINAL_SEEDS
+    curvature_images: int = 1000  # of the training data, for lambda_max
+    curvature_tol: float = 1e-2
 
 
 # ---- data and networks ----------------------------------------------------------------------------------------
@@ -159,17 +163,18 @@ TASKS = {
     "cifar10": Task(
         load=cifar10,
         make_model=trained_resnet20,
-        base=TrainConfig(epochs=2, batch_size=128, lr=0.01, mode="fd", augment=True),
+        base=TrainConfig(epochs=2, batch_size=64, lr=0.02, mode="fd", augment=True),
         noises=(0.0,),
         validation=1000,
         candidates={
-            "sgd": [{"lr": lr} for lr in (0.01, 0.05)],
-            "sam": [{"h": h} for h in (0.1, 0.3)],
-            "asam": [{"h": h} for h in (1.0, 3.0)],
-            "hero": [{"h": h, "lam": lam} for h, lam in ((1.0, 50.0), (2.0, 500.0))],
+            "sgd": [{"lr": lr} for lr in (0.005, 0.01, 0.02)],
+            "sam": [{"h": h} for h in (0.1, 0.2, 0.3)],
+            "asam": [{"h": h} for h in (0.25, 0.5, 1.0)],
+            "hero": [{"h": h, "lam": lam} for h, lam in ((0.25, 5.0), (0.25, 50.0), (0.5, 5.0), (0.5, 50.0))],
         },
         selection_seeds=SELECTION_SEEDS[:1],
-        final_seeds=FINAL_SEEDS[:3],
+        curvature_images=256,
+        curvature_tol=0.05,
     ),
 }
 
@@ -213,7 +218,11 @@ def quantized(model: nn.Module, method: GPFQ | RoundToNearest, x: Tensor, fold: 
 
 
 def per_tensor(model: nn.Module, bits: int, x: Tensor) -> nn.Module:
-    """Rounded to nearest with one symmetric step a layer that reaches its largest weight, BatchNorm in float."""
+    """Rounded to nearest with one symmetric step a layer, BatchNorm in float.
+
+    The step reaches the mean over output channels of their largest weight, as GPFQ's authors have it: what is larger
+    is clipped at any number of bits.
+    """
     return quantized(model, RoundToNearest(bits=bits, granularity="layer", alphabet="symmetric"), x[:64], False)
 
 
@@ -240,7 +249,8 @@ def test(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
         }
         result |= {name: loop.accuracy(form, x_test, y_test) for name, form in forms.items()}
     # Of the mean loss over clean training images, as the deployed network computes it (evaluation mode).
-    top = top_eigenvalues(model, F.cross_entropy, (x[:1000], y[:1000]), tol=1e-2, progress=True)
+    some = (x[: task.curvature_images], y[: task.curvature_images])
+    top = top_eigenvalues(model, F.cross_entropy, some, tol=task.curvature_tol, progress=True)
     return result | {"lambda_max": float(top.values[0]), "lambda_converged": top.converged}
 
 
@@ -266,18 +276,21 @@ def choose(runs: Runs, name: str, data: Data, noise: float, optimizer: str) -> d
 Row = tuple[float, str, dict[str, Any], list[dict[str, Any]]]  # noise, optimizer, its choice, a record a seed
 
 
-def final_runs(runs: Runs, name: str) -> Iterator[Row]:
+def final_runs(runs: Runs, name: str) -> list[Row]:
+    """A row a noise and optimizer, of the seeds that are finished; seed by seed, so that all advance together."""
     task, data = TASKS[name], TASKS[name].load()
-    for noise in task.noises:
-        for optimizer in task.candidates:
-            try:
-                candidate = choose(runs, name, data, noise, optimizer)
-                config = replace(task.base, optimizer=optimizer, label_noise=noise, **candidate)
-                configs = [replace(config, seed=seed) for seed in task.final_seeds]
-                records = [runs.get("test", name, c, lambda c=c: test(task, data, c)) for c in configs]
-            except UnfinishedError:
-                continue
-            yield noise, optimizer, candidate, records
+    chosen: dict[tuple[float, str], dict[str, Any]] = {}
+    records: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for key in itertools.product(task.noises, task.candidates):
+        with suppress(UnfinishedError):
+            chosen[key] = choose(runs, name, data, *key)
+    for seed in task.final_seeds:
+        for (noise, optimizer), candidate in chosen.items():
+            config = replace(task.base, optimizer=optimizer, label_noise=noise, seed=seed, **candidate)
+            with suppress(UnfinishedError):
+                record = runs.get("test", name, config, lambda c=config: test(task, data, c))
+                records.setdefault((noise, optimizer), []).append(record)
+    return [(noise, optimizer, chosen[noise, optimizer], done) for (noise, optimizer), done in records.items()]
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------
@@ -327,12 +340,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="folder for finished runs, outside the repository")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--finished-only", action="store_true", help="run nothing, show the rows that are complete")
+    parser.add_argument("--finished-only", action="store_true", help="run nothing, show the seeds that are finished")
     args = parser.parse_args()
     torch.set_num_threads(1)
     runs = Runs(args.results, compute=not args.finished_only)
     for name in args.tasks:
-        rows = list(final_runs(runs, name))
+        rows = final_runs(runs, name)
         print(f"\n### {name} ({platform.machine()}, torch {torch.__version__}, 1 thread)\n\n{table(rows)}")
         if rows:
             plot(name, rows, args.results / f"{name}.png")

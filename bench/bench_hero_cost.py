@@ -1,10 +1,11 @@
 """What a step of SAM and HERO costs beside one of SGD: CPU time and memory, ResNet-20, one thread.
 
-Time: the optimizers take turns in one process, each with a network of its own; the median over the rounds, and the
-quartiles of its ratio to SGD's step of the same round. Memory: each alone in a fresh process, what three steps add to
-the resident set at its peak (network, activations, gradients, optimizer).
+Time: each optimizer has processes of its own, as in use, because what the allocator keeps and what it gives back to
+the system depends on what ran before; the processes take turns at a step each. The median over rounds and processes,
+and the quartiles of the ratio to SGD's step of the same round. Memory: each alone in a fresh process, what three steps
+add to the resident set at its peak (network, activations, gradients, optimizer).
 
-    python bench/bench_hero_cost.py [--batch 64] [--rounds 9]
+    python bench/bench_hero_cost.py [--batch 64] [--rounds 5] [--processes 3]
 """
 
 import argparse
@@ -78,6 +79,34 @@ def make_step(name: str, batch: int) -> Callable[[], None]:
     return lambda: hero.step(lambda: F.cross_entropy(model(x), y))
 
 
+def time_steps(name: str, batch: int) -> None:
+    """The other end of `Worker`: a step for each line that comes, its CPU time in seconds for an answer."""
+    step = make_step(name, batch)
+    for _ in range(2):
+        step()
+    for _ in sys.stdin:
+        begin = process_time()
+        step()
+        print(process_time() - begin, flush=True)
+
+
+class Worker:
+    """A process that steps when asked."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        command = [sys.executable, __file__, "--batch", str(batch), "--steps-of", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
 def resident_peak() -> float:
     """MiB. Not getrusage: its peak is inherited from the process that started this one."""
     status = Path("/proc/self/status").read_text()
@@ -103,23 +132,27 @@ def print_memory(name: str, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=3, help="of each optimizer")
     parser.add_argument("--memory-of", choices=OPTIMIZERS, help=argparse.SUPPRESS)
+    parser.add_argument("--steps-of", choices=OPTIMIZERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.memory_of:
         return print_memory(args.memory_of, args.batch)
-    steps = {name: make_step(name, args.batch) for name in OPTIMIZERS}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(args.rounds + 1):
-        for name, step in steps.items():
-            begin = process_time()
-            step()
-            if round_:  # the first is a warm-up
-                seconds[name].append(process_time() - begin)
+    if args.steps_of:
+        return time_steps(args.steps_of, args.batch)
+    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+    for _ in range(args.processes):
+        workers = {name: Worker(name, args.batch) for name in OPTIMIZERS}
+        for _ in range(args.rounds):
+            for name, worker in workers.items():
+                seconds[name].append(worker.seconds())
+        for worker in workers.values():
+            worker.end()
     print(f"ResNet-20, batch {args.batch}, one thread, {platform.machine()}, torch {torch.__version__}\n")
     print("| optimizer | ms a step | times SGD (quartiles) | MiB added | times SAM |\n|---|---|---|---|---|")
-    peak = {name: memory(name, args.batch) for name in steps}
+    peak = {name: memory(name, args.batch) for name in OPTIMIZERS}
     for name, times in seconds.items():
         ratios = [t / s for t, s in zip(times, seconds["SGD"], strict=True)]
         low, _, high = quantiles(ratios, n=4)

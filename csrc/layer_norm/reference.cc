@@ -2,16 +2,10 @@
 #include <cmath>
 
 #include "layer_norm/layer_norm.h"
+#include "runtime/fold.h"
 
 namespace bantamweight {
 namespace {
-
-float fold(float* lanes) {
-  for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 void run(const LayerNormArgs& args) {
   const int64_t n = args.n;
@@ -24,12 +18,12 @@ void run(const LayerNormArgs& args) {
       y[i] = args.residual == nullptr ? x[i] : x[i] + args.residual[r * args.ldr + i];
       sums[i % kNormLanes] += y[i];
     }
-    const float mean = fold(sums) / size;
+    const float mean = fold_lanes<kNormLanes>(sums) / size;
     for (int64_t i = 0; i < n; ++i) {
       const float d = y[i] - mean;
       squares[i % kNormLanes] = std::fma(d, d, squares[i % kNormLanes]);
     }
-    const float inverse = 1.0f / std::sqrt(fold(squares) / size + args.norm.eps);
+    const float inverse = 1.0f / std::sqrt(fold_lanes<kNormLanes>(squares) / size + args.norm.eps);
     for (int64_t i = 0; i < n; ++i) {
       const float weight = args.norm.weight == nullptr ? 1.0f : args.norm.weight[i];
       const float bias = args.norm.bias == nullptr ? 0.0f : args.norm.bias[i];

@@ -3,15 +3,9 @@
 #pragma once
 
 #include "layer_norm/layer_norm.h"
+#include "runtime/fold.h"
 
 namespace bantamweight {
-
-static inline float fold(float* lanes) {
-  for (int64_t half = kNormLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 template <class F>
 static void layer_norm_rows(const LayerNormArgs& args) {
@@ -42,7 +36,7 @@ static void layer_norm_rows(const LayerNormArgs& args) {
       y[i] = residual == nullptr ? x[i] : x[i] + residual[i];
       lanes[i - whole] += y[i];
     }
-    const float mean = fold(lanes) / size;
+    const float mean = fold_lanes<kNormLanes>(lanes) / size;
     const auto means = F::all(mean);
 
     for (int64_t j = 0; j < kVectors; ++j) s[j] = F::all(0.0f);
@@ -58,7 +52,7 @@ static void layer_norm_rows(const LayerNormArgs& args) {
       const float d = y[i] - mean;
       lanes[i - whole] = __builtin_fmaf(d, d, lanes[i - whole]);
     }
-    const float inverse = 1.0f / __builtin_sqrtf(fold(lanes) / size + args.norm.eps);
+    const float inverse = 1.0f / __builtin_sqrtf(fold_lanes<kNormLanes>(lanes) / size + args.norm.eps);
     const auto inverses = F::all(inverse);
 
     int64_t i = 0;

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from bantamweight import _C
+from bantamweight.train import second_derivative
 from bantamweight.train.second_derivative import LeanSecondDerivatives
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -53,6 +55,46 @@ def test_batch_norm_has_the_derivatives_of_torch(shape, affine):
             results.append([y, *running, *first, *second])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [name for name, missing in _C.batch_norm_second_variants() if not missing])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_of_floats_is_near_that_of_doubles(kernel, layout, monkeypatch):
+    monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+    fused, calls = second_derivative._fused_second, []
+    monkeypatch.setattr(second_derivative, "_fused_second", lambda *tensors: calls.append(1) or fused(*tensors))
+    generator = torch.Generator().manual_seed(0)
+    x, dy, u = (torch.randn(6, 5, 7, 9, generator=generator).to(memory_format=layout) for _ in range(3))
+    weight, bias, p, q = (torch.randn(5, generator=generator) for _ in range(4))
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        inputs = [t.to(dtype).requires_grad_() for t in (x + 3, weight, bias, dy)]
+        with torch.enable_grad() if dtype == torch.float64 else LeanSecondDerivatives():
+            y = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], training=True)
+        first = torch.autograd.grad(y, inputs[:3], inputs[3], create_graph=True)
+        value = sum((a * b.to(dtype)).sum() for a, b in zip(first, (u, p, q), strict=True))
+        results.append(torch.autograd.grad(value, [inputs[3], *inputs[:2]]))
+    assert len(calls) == (layout is torch.contiguous_format)
+    for wanted, got in zip(*results, strict=True):
+        assert (got - wanted).norm() <= 2e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("form", [F.relu, torch.relu, torch.Tensor.relu, nn.ReLU(), nn.ReLU(inplace=True)])
+def test_relu_has_the_derivatives_of_torch(form):
+    generator = torch.Generator().manual_seed(0)
+    start, dy, u = (torch.randn(4, 6, dtype=torch.float64, generator=generator) for _ in range(3))
+    start[0] = 0.0
+    results = []
+    for lean in (False, True):
+        x, upstream = start.clone().requires_grad_(), dy.clone().requires_grad_()
+        with LeanSecondDerivatives() if lean else torch.enable_grad():
+            y = form(x * 1.0)
+        assert ("_ReLUBackward" in nodes(y)) == (lean and not getattr(form, "inplace", False))
+        first = torch.autograd.grad(y.square().sum() + (y * upstream).sum(), x, create_graph=True)[0]
+        second = torch.autograd.grad((first * u).sum(), [x, upstream])
+        results.append([y, first, *second])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 CONVOLUTIONS = {

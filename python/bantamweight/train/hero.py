@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ..errors import BantamweightError
 from .passes import Closure, NotFinite, Passes
 from .perturbation import PERTURBATIONS, norms
+from .second_derivative import keep_freed_memory
 from .snapshot import Snapshot, deferred_interrupt
 
 _GROUP_OPTIONS = ("h", "lam", "perturb", "regularize")
@@ -89,6 +90,8 @@ class HERO(Optimizer):
             raise BantamweightError(f"fd_step is {fd_step}, but must lie between 0 and 1; 1e-3 suits float32")
         self.mode, self.perturbation, self.reduction = mode, perturbation, reduction
         self.fd_step, self.model = fd_step, model
+        if mode == "exact" and lam:
+            keep_freed_memory()
         super().__init__(params, {"h": h, "lam": lam, "perturb": True, "regularize": None})
         self.base_optimizer = base_optimizer(self.param_groups, **base_options)
         # Groups and state are the base optimizer's own, so that schedulers, state_dict and repr show what is used.

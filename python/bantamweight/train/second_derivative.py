@@ -1,12 +1,13 @@
-"""Convolution and batch normalisation with lean second derivatives, for exact Hessian-vector products.
+"""Convolution, rectifier and batch normalisation with lean second derivatives, for exact Hessian-vector products.
 
 torch differentiates the gradient of batch normalisation by some thirty elementwise operations on whole activations;
-here it is two calls of the fused first derivative and six elementwise operations. It differentiates the gradient of a
-convolution by a convolution of transposed tensors and two that are added; here they are one of twice the channels and
-the two halves of the fused first derivative.
+here it is one kernel that reads each channel twice, or two calls of the fused first derivative and six operations. It
+differentiates the gradient of a convolution by convolutions of transposed tensors; here they are two ordinary ones
+and the two halves of the fused first derivative. It adds zeros to the gradient before every rectifier; here none.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,12 +15,27 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 from torch.overrides import TorchFunctionMode
 
+from .. import _C
+from ..ops.lowbit_linear import check_status
+
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 _convolution_backward = torch.ops.aten.convolution_backward
+_threshold_backward = torch.ops.aten.threshold_backward
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Raises, once, glibc's limit of free memory at the end of its heap; above it, the end goes back to the system.
+
+    The limit is twice the largest mapped block freed so far, of 32 MiB at most: a few MiB where activations are
+    small. The graph of a gradient is freed at every step, so most of it would be given back and, page by page, be
+    had and cleared again: 50 thousand faults a step of ResNet-20. One block that nobody touches raises it to 64 MiB.
+    """
+    torch.empty((32 << 20) - (16 << 10), dtype=torch.uint8)
 
 
 class LeanSecondDerivatives(TorchFunctionMode):
-    """Within this context F.conv2d, and F.batch_norm in training mode, are those below, where `_applies` says so."""
+    """Within this context F.conv2d, F.relu, and F.batch_norm in training mode, are those below where `_applies`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -27,6 +43,8 @@ class LeanSecondDerivatives(TorchFunctionMode):
             return _batch_norm(*args, **kwargs)
         if func is F.conv2d:
             return _conv2d(*args, **kwargs)
+        if func is F.relu or func is torch.relu or func is Tensor.relu:
+            return _relu(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -102,16 +120,11 @@ class _Conv2dBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of <u, dx> + <v, dW> + <q, dbias>: <u, dx> = <conv(u, W), dy>, <v, dW> = <conv(x, v), dy>."""
         dy, x, weight = ctx.saved_tensors
-        groups = ctx.shape[-1]
         to_dy = to_x = to_weight = None
-        if u is not None and v is not None and groups == 1:
-            to_dy = F.conv2d(torch.cat([u, x], 1), torch.cat([weight, v], 1), q, *ctx.shape)
-            q = None
-        else:
-            for image, kernel in ((u, weight), (x, v)):
-                if image is not None and kernel is not None:
-                    part = F.conv2d(image, kernel, None, *ctx.shape)
-                    to_dy = part if to_dy is None else to_dy.add_(part)
+        for image, kernel in ((u, weight), (x, v)):
+            if image is not None and kernel is not None:
+                part = F.conv2d(image, kernel, None, *ctx.shape)
+                to_dy = part if to_dy is None else to_dy.add_(part)
         if q is not None:
             shift = q.view(1, -1, 1, 1)
             to_dy = shift.expand_as(dy) if to_dy is None else to_dy.add_(shift)
@@ -128,6 +141,41 @@ def _conv2d_gradients(
     stride, padding, dilation, groups = shape
     sizes = [weight.shape[0]] if needs[2] else None
     return _convolution_backward(dy, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, list(needs))
+
+
+# ---- rectifier ------------------------------------------------------------------------------------------------
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    if inplace or not _applies(input):
+        return F.relu(input, inplace)
+    return _ReLU.apply(input)  # type: ignore[return-value]
+
+
+class _ReLU(torch.autograd.Function):
+    """y = max(x, 0), whose gradient does not depend on x, where torch adds zeros of its size to x's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = torch.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return _ReLUBackward.apply(dy, ctx.saved_tensors[0].detach())  # type: ignore[return-value]
+
+
+class _ReLUBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(y)
+        return _threshold_backward(dy, y, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _threshold_backward(u, ctx.saved_tensors[0], 0), None
 
 
 # ---- batch normalisation --------------------------------------------------------------------------------------
@@ -197,10 +245,12 @@ class _BatchNormBackward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of <u, dx> + <p, dweight> + <q, dbias>, where u, p, q may be absent."""
         dy, x, weight, mean, r, dweight, dbias = ctx.saved_tensors
+        if u is None and p is None:
+            return (None if q is None else _per_channel(q, dy).expand_as(dy)), None, None, None, None, None
+        tensors = (u, dy, x, mean, r, weight, dweight, dbias, p, q)
+        if x.ndim > 2 and all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors):
+            return *_fused_second(*tensors), None, None, None
         count = x.numel() // x.shape[1]
-
-        def per_channel(values: Tensor) -> Tensor:
-            return values.view(1, -1, *[1] * (x.ndim - 2))
 
         def project(t: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
             return _batch_norm_backward(t, x, scale, None, None, mean, r, True, ctx.eps, [True, True, True])
@@ -218,15 +268,41 @@ class _BatchNormBackward(torch.autograd.Function):
             along_u, along_dy = -scale * r * dweight / count, -scale * r * u_xhat / count
         if p is not None:
             along_dy = along_dy + p
-        h = dy * per_channel(along_dy)
+        h = dy * _per_channel(along_dy, x)
         if u is not None:
-            h.addcmul_(u, per_channel(along_u))
+            h.addcmul_(u, _per_channel(along_u, x))
         to_x = project(h, None)[0]
         if stretch is not None:
-            to_x.addcmul_(x - per_channel(mean), per_channel(stretch * r))
+            to_x.addcmul_(x - _per_channel(mean, x), _per_channel(stretch * r, x))
         if p is not None:
-            linear = (x - per_channel(mean)) * per_channel(p * r)
+            linear = (x - _per_channel(mean, x)) * _per_channel(p * r, x)
             to_dy = linear if to_dy is None else to_dy.add_(linear)
-        if q is not None:
-            to_dy = per_channel(q).expand_as(dy) if to_dy is None else to_dy.add_(per_channel(q))
+        if q is not None and to_dy is not None:
+            to_dy = to_dy.add_(_per_channel(q, x))
         return to_dy, to_x, to_weight, None, None, None
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.ndim - 2))
+
+
+def _fused_second(
+    u: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    r: Tensor,
+    weight: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """to_dy, to_x and to_weight of contiguous float32 tensors, each channel in one go."""
+    to_dy, to_x, to_weight = torch.empty_like(x), torch.empty_like(x), torch.empty_like(r)
+    n, channels = x.shape[:2]
+    addresses = [0 if t is None else t.data_ptr() for t in (u, dy, x, mean, r, weight, dweight, dbias, p, q)]
+    outputs = [t.data_ptr() for t in (to_dy, to_x, to_weight)]
+    status = _C.batch_norm_second(*addresses[:3], n, channels, x[0, 0].numel(), *addresses[3:], *outputs, "")
+    check_status(status, "batch normalisation's second derivative")
+    return to_dy, to_x, None if weight is None else to_weight
