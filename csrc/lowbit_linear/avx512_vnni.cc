@@ -16,9 +16,12 @@
 // are stored as 4 where they fit (stored_bits). Six rows share the masks: 24 of 27 operations are
 // products, which reached 690 to 730 GOPS where vpdpbusd alone reaches 830 (Sapphire Rapids, 3.2 GHz).
 //
-// Five trits a byte for ternary (vpdpbusd on the byte itself and on two table lookups by vpermi2b; 0.2
-// bytes a weight) ran at half the speed of 2 bits in L2 and at 1.1 of it beyond, and would be
-// slower from 4 rows on, where AMX unpacks: not here. From DRAM (131 MB) it was 1.4 times as fast.
+// Fewer bytes for ternary, as loops alone (VBMI, one row, one thread; against 2 bits at 768 x 768, 4096 x
+// 4096, 4096 x 14336 and 64 MB): three trits in five bits, five rows of 64 bytes for 24 k, vpermb on their
+// low six bits whatever the others are, three more rows out of the three top bits: 0.98, 1.20, 1.15 and
+// 1.28 times as fast. Five trits a byte as s + 128, vpermi2b on its absolute value and a masked
+// subtraction, the byte itself for the fifth: 0.79, 1.10, 1.11 and 1.43. Not here: from 2 to 16 rows they
+// must be written out as 2 bits first, which does not overlap with the reading that it saves.
 //
 // One row keeps its outputs in registers across the groups; scales along K in groups of 128 cost it 10 %
 // (6 % more bytes), groups of 32 45 %.
