@@ -1,26 +1,30 @@
-// AVX2: vpmaddubsw into int16 sums, widened before they can overflow; many rows of ternary codes by
+// AVX2: vpmaddubsw into int16 sums, widened before they can overflow. Few rows unpack codes as they go
+// (this file), more share a panel of unpacked codes (panel_avx2.h), and many rows of ternary codes go by
 // tables over the batch (tables_avx2.h).
 //
 // A block is 16 channels; a step is 64 bytes, 4 of each channel. At 2 bits byte kk of a channel holds
 // its codes at k = kk, 4 + kk, 8 + kk and 12 + kk from the low bits up, at 4 bits at kk and 4 + kk.
-// 8-bit codes are multiplied nibble by nibble, because two products of 255 x 127 do not fit int16.
+// 8-bit codes are multiplied nibble by nibble here, because two products of 255 x 127 do not fit int16.
 // 3 bits use the 4-bit bytes.
 //
 // Per 256 weights at 2 bits (64 bytes, a quarter of a byte a weight) and one row: 2 loads, 6 shifts, 8
-// and, 8 broadcasts, 8 vpmaddubsw, 8 vpaddw: bound by the three vector ports, 10 cycles. Four rows
-// share the shifts and masks: 235 GOPS at 2 bits, 190 at 4, 90 at 8, where vpmaddubsw with vpaddw
-// alone reaches 360 (Sapphire Rapids, 3.9 GHz).
+// and, 8 broadcasts, 8 vpmaddubsw, 8 vpaddw: bound by the three vector ports, 10 cycles. Three rows
+// share the shifts and masks.
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include "lowbit_linear/finish_avx2.h"
 #include "lowbit_linear/panel_avx2.h"
 #include "lowbit_linear/tables_avx2.h"
+#include "lowbit_linear/tiles.h"
 
 namespace bantamweight {
 namespace {
 
 constexpr int64_t kBlockN = 16, kStepBytes = 64;
+
+// More rows take panels.
+constexpr int direct_rows(int bits) { return bits == 8 ? 2 : 3; }
 
 int layout_bits(int bits) { return bits == 3 ? 4 : bits; }
 
@@ -162,17 +166,8 @@ void run_rows(const TileTask& task, int64_t first_row) {
 
 template <int kBits>
 void run_bits(const TileTask& task) {
-  // More rows take panels, but for what a caller with one block at a time brings.
-  constexpr int64_t kMaxRows = kBits == 8 ? 2 : 3;
-  const int64_t tiles = (task.row_count + kMaxRows - 1) / kMaxRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = task.row_count * t / tiles, count = task.row_count * (t + 1) / tiles - row;
-    if (count == 1) run_rows<kBits, 1>(task, row);
-    if (count == 2) run_rows<kBits, 2>(task, row);
-    if constexpr (kMaxRows == 3) {
-      if (count == 3) run_rows<kBits, 3>(task, row);
-    }
-  }
+  for_each_tile<direct_rows(kBits)>(
+      task.row_count, [&](auto count, int64_t row) { run_rows<kBits, decltype(count)::value>(task, row); });
 }
 
 void run(int bits, const TileTask& task) {
@@ -226,8 +221,6 @@ int64_t run_by_tables(const TileTask& first, int64_t block_bytes, int64_t channe
   return done;
 }
 
-constexpr int64_t kMinPanelRows = 4;
-
 template <int kBits>
 void run_by_panels(const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
   const int64_t chunks = (first.row_count + kPanelRows - 1) / kPanelRows;
@@ -257,7 +250,7 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
     rest.y += done * first.ldy;
     if (rest.row_count == 0) return;
   }
-  if (rest.piece_count > 0 && rest.row_count >= kMinPanelRows) {
+  if (rest.piece_count > 0 && rest.row_count > direct_rows(bits)) {
     if (bits == 2) return run_by_panels<2>(rest, block_count, block_bytes, channels);
     if (bits == 3) return run_by_panels<3>(rest, block_count, block_bytes, channels);
     if (bits == 4) return run_by_panels<4>(rest, block_count, block_bytes, channels);

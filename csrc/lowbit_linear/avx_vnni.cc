@@ -18,6 +18,7 @@
 
 #if defined(__AVXVNNI__) && defined(__AVX2__) && defined(__FMA__)
 #include "lowbit_linear/finish_avx2.h"
+#include "lowbit_linear/tiles.h"
 
 namespace bantamweight {
 namespace {
@@ -187,14 +188,8 @@ void run_rows(const TileTask& task, int64_t first_row) {
 
 template <int kBits>
 void run_bits(const TileTask& task) {
-  constexpr int64_t kMaxRows = 3;
-  const int64_t tiles = (task.row_count + kMaxRows - 1) / kMaxRows;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t row = task.row_count * t / tiles, count = task.row_count * (t + 1) / tiles - row;
-    if (count == 1) run_rows<kBits, 1>(task, row);
-    if (count == 2) run_rows<kBits, 2>(task, row);
-    if (count == 3) run_rows<kBits, 3>(task, row);
-  }
+  for_each_tile<3>(task.row_count,
+                   [&](auto count, int64_t row) { run_rows<kBits, decltype(count)::value>(task, row); });
 }
 
 void run(int bits, const TileTask& task) {
