@@ -270,9 +270,11 @@ def our_candidates(network: nn.Module, x: Tensor, bits: int) -> list[Candidate]:
     packed = bw.pack(quantized)
     last = x.contiguous(memory_format=torch.channels_last)
     fused = bw.nn.fuse(packed)
+    int8_maps = bw.nn.fuse(packed, calibration=[torch.randn(4, *x.shape[1:]) for _ in range(4)])
     return [
         Candidate(f"packed W{bits}A8", lambda: packed(last), ours=True),
         Candidate(f"packed W{bits}A8 fused", lambda: fused(last), ours=True),
+        Candidate(f"packed W{bits}A8 fused, int8 maps", lambda: int8_maps(last), ours=True),
     ]
 
 
@@ -340,7 +342,7 @@ def main() -> None:
     rows: list[Row] = []
     if not args.json:
         print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-        print(f"{'network':9} {'batch':>5} {'threads':>7}  {'candidate':25}", end="")
+        print(f"{'network':9} {'batch':>5} {'threads':>7}  {'candidate':28}", end="")
         print(f"{'ms':>9}{'min':>9}{'spread':>8}{'error':>9}{'x ours':>8}")
     peers = Peers()
     for name in args.network:
@@ -355,7 +357,7 @@ def main() -> None:
                 for row in measure(candidates, name, batch, threads, args.rounds, args.seconds):
                     rows.append(row)
                     if not args.json:
-                        print(f"{row.network:9} {row.batch:>5} {row.threads:>7}  {row.candidate:25}", end="")
+                        print(f"{row.network:9} {row.batch:>5} {row.threads:>7}  {row.candidate:28}", end="")
                         print(f"{row.median_ms:>9.2f}{row.min_ms:>9.2f}{row.spread:>8.0%}", end="")
                         print(f"{row.error:>9.1e}{row.times_ours:>8.2f}", flush=True)
     if args.json:
