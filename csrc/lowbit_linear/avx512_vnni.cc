@@ -20,8 +20,8 @@
 // 4096, 4096 x 14336 and 64 MB): three trits in five bits, five rows of 64 bytes for 24 k, vpermb on their
 // low six bits whatever the others are, three more rows out of the three top bits: 0.98, 1.20, 1.15 and
 // 1.28 times as fast. Five trits a byte as s + 128, vpermi2b on its absolute value and a masked
-// subtraction, the byte itself for the fifth: 0.79, 1.10, 1.11 and 1.43. Not here: from 2 to 16 rows they
-// must be written out as 2 bits first, which does not overlap with the reading that it saves.
+// subtraction, the byte itself for the fifth: 0.79, 1.10, 1.11 and 1.43. Not here yet: several rows would want
+// them written out as 2 bits first (not measured), and reading would not overlap with that as it does now.
 //
 // One row keeps its outputs in registers across the groups; scales along K in groups of 128 cost it 10 %
 // (6 % more bytes), groups of 32 45 %.
