@@ -8,7 +8,7 @@
 // 3 bits use the 4-bit bytes.
 //
 // Per 256 weights at 2 bits (64 bytes, a quarter of a byte a weight) and one row: 2 loads, 6 shifts, 8
-// and, 8 broadcasts, 8 vpmaddubsw, 8 vpaddw: bound by the three vector ports, 10 cycles. Three rows
+// and, 8 broadcasts, 8 vpmaddubsw, 8 vpaddw: bound by the three vector ports, 10 cycles. Four rows
 // share the shifts and masks.
 #include "lowbit_linear/lowbit_linear.h"
 
@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t kBlockN = 16, kStepBytes = 64;
 
 // More rows take panels.
-constexpr int direct_rows(int bits) { return bits == 8 ? 2 : 3; }
+constexpr int direct_rows(int bits) { return bits == 8 ? 2 : 4; }
 
 int layout_bits(int bits) { return bits == 3 ? 4 : bits; }
 

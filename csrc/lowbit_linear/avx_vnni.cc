@@ -177,11 +177,13 @@ void run_rows(const TileTask& task, int64_t first_row) {
   const uint8_t* weight = task.weight;
   for (int64_t p = 0; p < task.piece_count;) {
     const int64_t group = task.pieces[p].group;
-    for (bool first = true; p < task.piece_count && task.pieces[p].group == group; ++p, first = false) {
+    bool first = true;
+    do {
       const int64_t quads = quads_of(task.pieces[p]);
       sum_piece<kBits, kRows>(weight, task.rows + first_row, task.pieces[p].row_offset, quads, first, sums);
       weight += quads * 16 * kBits;
-    }
+      first = false;
+    } while (++p < task.piece_count && task.pieces[p].group == group);
     finish_group<kBits, 4>(task, group, first_row, kRows, sums, partial);
   }
 }

@@ -1,5 +1,5 @@
-// From a few rows on AVX2: the codes of 16 channels and up to 512 k are unpacked once, into a panel in L1
-// that all rows share.
+// From five rows on AVX2 (three at 8 bits): the codes of 16 channels and up to 512 k are unpacked once,
+// into a panel in L1 that all rows share.
 //
 // At 2, 3 and 4 bits the panel holds bytes, 4 k of a channel side by side. A tile is 6 rows of 16
 // channels: per 64 weights 2 loads, 6 broadcasts, 12 vpmaddubsw and 12 vpaddw, in just the 16 registers
