@@ -125,11 +125,11 @@ def _add_train(commands) -> None:
         "a report: accuracies, curvature, loss surface, cost of a step. Without --model it does so on the embedded "
         "example, scikit-learn's digits.",
     )
-    own = parser.add_argument_group("your network (give all three, or none for the embedded example)")
-    own.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns an nn.Module")
-    own.add_argument("--train", type=Path, metavar="FILE", help="npz with inputs x [n, ...] and labels y [n]")
-    own.add_argument("--test", type=Path, metavar="FILE", help="npz with x and y that training does not see")
-    _add_preprocessing(own)
+    _add_own_network(
+        parser,
+        train="npz with inputs x [n, ...] and labels y [n]",
+        test="npz with x and y that training does not see",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--optimizer", choices=OPTIMIZERS, nargs="+", default=["hero"],
                      help="one or several to compare (default hero)")  # fmt: skip
@@ -164,11 +164,11 @@ def _add_sensitivity(commands) -> None:
         "with a budget, also find the bit width of every layer. Without --model it does so on the embedded example, "
         "scikit-learn's digits.",
     )
-    own = parser.add_argument_group("your network (give all three, or none for the embedded example)")
-    own.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns an nn.Module")
-    own.add_argument("--weights", type=Path, metavar="FILE", help="its trained state dict, a safetensors file")
-    own.add_argument("--data", type=Path, metavar="FILE", help="npz with inputs x [n, ...] and labels y [n]")
-    _add_preprocessing(own)
+    _add_own_network(
+        parser,
+        weights="its trained state dict, a safetensors file",
+        data="npz with inputs x [n, ...] and labels y [n]",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--metric", choices=METRICS, default="lambda_max",
                      help="top eigenvalue (default), trace, one-pass Gauss-Newton, or Q-BERT's Omega")  # fmt: skip
@@ -186,6 +186,15 @@ def _add_sensitivity(commands) -> None:
     out.add_argument("--out", type=Path, default=Path("out"), help="folder for sensitivity.json, plan.json and "
                      "report.html (default out)")  # fmt: skip
     _add_machine(parser)
+
+
+def _add_own_network(parser, **files: str) -> None:
+    """--model and the files that go with it, by the names of their options and what they hold."""
+    own = parser.add_argument_group("your network (give all three, or none for the embedded example)")
+    own.add_argument("--model", metavar="FILE.py:FUNCTION", help="function without arguments that returns an nn.Module")
+    for name, text in files.items():
+        own.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+    _add_preprocessing(own)
 
 
 def _add_preprocessing(parser) -> None:

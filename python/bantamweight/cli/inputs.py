@@ -5,6 +5,7 @@ Every check ends in one sentence that says what came, what is allowed and how to
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import math
@@ -69,6 +70,18 @@ def preprocessing(mean: tuple[float, ...] | None, std: tuple[float, ...] | None)
     if mean is None and std is None:
         return None
     return Preprocessing(mean=mean or (0.0,), std=std or (1.0,))
+
+
+def is_own(args: argparse.Namespace, first: str, second: str) -> bool:
+    """Whether --model and the two other options name a network of the user's; none of them is the embedded example."""
+    given = [getattr(args, name) is not None for name in (first, second)]
+    if args.model and not all(given):
+        raise BantamweightError(
+            f"a network of your own needs --model, --{first} and --{second} (none of them for the example)"
+        )
+    if any(given) and not args.model:
+        raise BantamweightError(f"--{first} and --{second} need --model (leave all three out for the embedded example)")
+    return bool(args.model)
 
 
 # ---- data ---------------------------------------------------------------------------------------

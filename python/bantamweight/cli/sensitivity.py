@@ -17,7 +17,6 @@ from torch.nn import functional
 from .. import demo
 from ..curvature import loss_surface, spectral_density, top_eigenvalues
 from ..curvature.sensitivity import METRICS, Sensitivity, sensitivity
-from ..errors import BantamweightError
 from ..quantize.plan import BitPlan, plan
 from ..report import sensitivity as report
 from . import inputs
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     with staged(args.out) as staging:
         # The user's model may print; stdout is for the result.
         with contextlib.redirect_stdout(sys.stderr):
-            network, model, x, y = _own(args) if args.model else _example(args)
+            network, model, x, y = _own(args) if inputs.is_own(args, "weights", "data") else _example()
             batches = list(zip(x.split(args.batch_size), y.split(args.batch_size), strict=True))
             found = sensitivity(
                 model,
@@ -58,8 +57,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _own(args: argparse.Namespace) -> tuple[str, nn.Module, Tensor, Tensor]:
-    if args.weights is None or args.data is None:
-        raise BantamweightError("a network of your own needs --model, --weights and --data (none for the example)")
     x, y = inputs.load_test(args.data, inputs.preprocessing(args.mean, args.std))
     model = inputs.load_model(args.model)
     inputs.load_weights(model, args.weights)
@@ -68,9 +65,7 @@ def _own(args: argparse.Namespace) -> tuple[str, nn.Module, Tensor, Tensor]:
     return args.model, model, x, y
 
 
-def _example(args: argparse.Namespace) -> tuple[str, nn.Module, Tensor, Tensor]:
-    if args.weights is not None or args.data is not None:
-        raise BantamweightError("--weights and --data need --model (leave all three out for the embedded example)")
+def _example() -> tuple[str, nn.Module, Tensor, Tensor]:
     digits = demo.load_digits()
     return inputs.EMBEDDED_MODEL, demo.train(digits).eval(), digits.x_train, digits.y_train
 

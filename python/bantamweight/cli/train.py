@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with staged(args.out) as staging:
-        job = _own_job(args) if args.model else _example_job(args)
+        job = _own_job(args) if inputs.is_own(args, "train", "test") else _example_job()
         _check_fits(job)
         runs_folder = args.out / RUNS_FOLDER
         runs_folder.mkdir(exist_ok=True)
@@ -84,10 +84,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _own_job(args: argparse.Namespace) -> Job:
-    if args.train is None or args.test is None:
-        raise BantamweightError(
-            "a network of your own needs --model, --train and --test (none of them for the example)"
-        )
     pixels = inputs.preprocessing(args.mean, args.std)
     x_train, y_train = inputs.load_test(args.train, pixels)
     x_test, y_test = inputs.load_test(args.test, pixels)
@@ -101,9 +97,7 @@ def _own_job(args: argparse.Namespace) -> Job:
     )
 
 
-def _example_job(args: argparse.Namespace) -> Job:
-    if args.train is not None or args.test is not None:
-        raise BantamweightError("--train and --test need --model (leave all three out for the embedded example)")
+def _example_job() -> Job:
     digits = demo.load_digits()
     return Job(
         network=inputs.EMBEDDED_MODEL,
