@@ -51,6 +51,9 @@ int64_t summed_group_size(const LinearShape& s) {
   return std::min(s.group_size, s.activations == Activations::int8_block ? kActivationBlock : kMaxGroupK);
 }
 
+// Activations that are counted from an offset want the sums of the weights.
+bool has_offsets(const LinearShape& s) { return s.activations == Activations::int8_block; }
+
 int64_t ceil_div(int64_t a, int64_t b) { return b == 0 ? 0 : (a + b - 1) / b; }
 
 std::vector<KPiece> pieces_of(const LinearShape& s) {
@@ -65,7 +68,7 @@ std::vector<KPiece> pieces_of(const LinearShape& s) {
 // True if the view behind the header is the one that the header's shape asks for.
 bool fits(const LinearShape& s, const PackedView& view) {
   if (!valid(s) || view.n != s.n || view.bits != stored_bits(*view.kernel, s.bits, s.n, s.k) ||
-      view.groups != view.piece_count)
+      view.groups != view.piece_count || (view.weight_sum != nullptr) != has_offsets(s))
     return false;
   const int64_t size = summed_group_size(s);
   if (view.groups != ceil_div(s.k, size)) return false;
@@ -111,7 +114,7 @@ int64_t linear_layout_bytes(const LinearShape& shape, Isa isa) {
   const auto groups = static_cast<int64_t>(pieces.size());
   return static_cast<int64_t>(sizeof(LinearHeader)) +
          packed_view_bytes(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.n, groups, pieces.data(),
-                           groups);
+                           groups, has_offsets(shape));
 }
 
 Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, const float* scale, const float* zero,
@@ -147,7 +150,7 @@ Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, cons
   std::memcpy(layout, &header, sizeof header);
   packed_view_write(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.bits, shape.n, summed_groups,
                     pieces.data(), summed_groups, codes, shape.k, scale, zero,
-                    static_cast<uint8_t*>(layout) + sizeof header);
+                    static_cast<uint8_t*>(layout) + sizeof header, has_offsets(shape));
   return Status::ok;
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;

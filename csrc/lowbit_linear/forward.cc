@@ -67,7 +67,7 @@ Status linears_forward(const LinearWeight* weights, int64_t count, const LinearA
   uint8_t* memory = nullptr;
   const int8_t** rows = nullptr;
   int32_t* sums = nullptr;
-  float* group_scale = nullptr;
+  float *group_scale = nullptr, *group_offset = nullptr;
   QuantizeRowsArgs round;
   QuantizedRows from = args.rows;
   int64_t first_column = 0;
@@ -86,6 +86,7 @@ Status linears_forward(const LinearWeight* weights, int64_t count, const LinearA
       const int64_t sums_at = plan.add<int32_t>(row_count * max_groups);
       const int64_t scale_at = plan.add<float>(rounded ? 0 : row_count);
       const int64_t group_scale_at = plan.add<float>(blocks ? row_count * max_groups : 0);
+      const int64_t group_offset_at = plan.add<float>(blocks ? row_count * max_groups : 0);
       const int64_t q_at = plan.add<int8_t>(rounded ? 0 : row_count * row_bytes + kRowAlign);
       thread_local Scratch scratch;
       memory = scratch.get(plan.bytes());
@@ -96,6 +97,7 @@ Status linears_forward(const LinearWeight* weights, int64_t count, const LinearA
         auto* row_scale = reinterpret_cast<float*>(memory + scale_at);
         if (blocks) {
           group_scale = reinterpret_cast<float*>(memory + group_scale_at);
+          round.offset = group_offset = reinterpret_cast<float*>(memory + group_offset_at);
           std::fill(row_scale, row_scale + row_count, 1.0f);
         }
         round.x = args.x;
@@ -124,7 +126,7 @@ Status linears_forward(const LinearWeight* weights, int64_t count, const LinearA
     if (epilogue.residual != nullptr) epilogue.residual += first_column;
     const Status ran =
         packed_view_run(view, rows, from.scale, from.sums, row_count, weights[i].bias, args.y + first_column, args.ldy,
-                        epilogue, group_scale, mode == Activations::int16);
+                        epilogue, group_scale, group_offset, mode == Activations::int16);
     if (ran != Status::ok) return ran;
     first_column += shape.n;
   }

@@ -4,7 +4,8 @@
 //   g} a[m, k])
 //
 // `a` is the activation row rounded to int8 against its own absolute maximum (see
-// quantize_activations.h). The integer sums are exact on every variant; the float steps are
+// quantize_activations.h; activations in blocks have a scale each, inside the sum over g, and an offset
+// each, see block_offsets.h). The integer sums are exact on every variant; the float steps are
 // ordered the same way everywhere, fused multiply-adds over g ascending, so that all variants
 // agree to the last bit.
 //
@@ -226,16 +227,18 @@ struct PackedView {
   const float* scale = nullptr;       // [blocks][groups][block_n]
   const float* zero_scale = nullptr;  // the same shape, or null when every zero is uniform_zero
   const float* zero = nullptr;        // [n, groups] as they came
+  const float* weight_sum = nullptr;  // [blocks][groups][block_n] sums of the weights, or null
   int32_t uniform_zero = 0;
 };
 
 // Bytes that packed_view_write fills, a multiple of 64.
 int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
-                          int64_t piece_count);
-// codes [n, k], below 2^code_bits; scale and zero [n, groups].
+                          int64_t piece_count, bool with_sums = false);
+// with_sums: weight_sum is kept, too, which activations with an offset want. codes [n, k], below 2^code_bits; scale and
+// zero [n, groups].
 void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int64_t n, int64_t groups,
                        const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale,
-                       const float* zero, void* memory);
+                       const float* zero, void* memory, bool with_sums = false);
 // Reads the view back from memory that packed_view_write filled; wrong_layout if it does not fit.
 Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t bytes, PackedView* view);
 void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero);
@@ -246,10 +249,12 @@ Status linear_read(const void* layout, int64_t layout_bytes, LinearShape* shape,
 // Every row against every channel, in chunks shared out over OpenMP's threads; the epilogue follows
 // each chunk while its outputs are in the cache. Only `halves` needs memory that may be lacking.
 //   group_scale  [row_count, groups] or null, as in TileTask
+//   group_offset [row_count, groups] or null: what the activations of a group are counted from
 //   halves       rows 2 i and 2 i + 1 are the halves of row i of y (Activations::int16)
 Status packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                        const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                       const Epilogue& epilogue = {}, const float* group_scale = nullptr, bool halves = false);
+                       const Epilogue& epilogue = {}, const float* group_scale = nullptr,
+                       const float* group_offset = nullptr, bool halves = false);
 
 // The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias and y
 // are those of channel 0.

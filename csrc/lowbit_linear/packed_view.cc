@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "block_offsets/block_offsets.h"
 #include "code_maps/code_maps.h"
 #include "lowbit_linear/lowbit_linear.h"
 #include "runtime/fresh_pages.h"
@@ -24,6 +25,8 @@ struct ViewHeader {
   int64_t bytes;  // of the whole view
   int32_t uniform_zero;
   int32_t has_zeros;  // 1: one zero a channel and group follows
+  int32_t has_sums;   // 1: the sums of the weights follow
+  int32_t unused;
 };
 
 int64_t align(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -33,11 +36,11 @@ int64_t blocks_of(const LinearKernel& kernel, int64_t n) { return (n + kernel.bl
 // Byte offsets of each part. Zeros are stored twice: as the kernel reads them (scale * zero) and
 // as they came, because a product cannot be divided back exactly.
 struct Parts {
-  int64_t pieces, blocks, block_bytes, scale, zero_scale, zero, end;
+  int64_t pieces, blocks, block_bytes, scale, zero_scale, zero, weight_sum, end;
 };
 
 Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
-               int64_t piece_count) {
+               int64_t piece_count, bool with_sums) {
   const int64_t blocks = blocks_of(kernel, n);
   const int64_t table = align(blocks * groups * kernel.block_n * static_cast<int64_t>(sizeof(float)));
   Parts at;
@@ -47,7 +50,8 @@ Parts parts_of(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, 
   at.scale = at.blocks + blocks * at.block_bytes;
   at.zero_scale = at.scale + table;
   at.zero = at.zero_scale + table;
-  at.end = at.zero + align(n * groups * static_cast<int64_t>(sizeof(float)));
+  at.weight_sum = at.zero + align(n * groups * static_cast<int64_t>(sizeof(float)));
+  at.end = at.weight_sum + (with_sums ? table : 0);
   return at;
 }
 
@@ -69,6 +73,7 @@ bool sound(const ViewHeader& header, const KPiece* pieces) {
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return false;
   if (header.n < 0 || header.n >= kLimit || header.groups < 0 || header.groups > header.piece_count) return false;
   if (header.uniform_zero < 0 || header.uniform_zero >= 1 << bits || (header.has_zeros | 1) != 1) return false;
+  if ((header.has_sums | 1) != 1) return false;
   int64_t k = 0, group = 0;
   for (int64_t p = 0; p < header.piece_count; ++p) {
     const KPiece& piece = pieces[p];
@@ -119,14 +124,14 @@ int stored_bits(const LinearKernel& kernel, int bits, int64_t n, int64_t k) {
 }
 
 int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
-                          int64_t piece_count) {
-  return parts_of(kernel, bits, n, groups, pieces, piece_count).end;
+                          int64_t piece_count, bool with_sums) {
+  return parts_of(kernel, bits, n, groups, pieces, piece_count, with_sums).end;
 }
 
 void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int64_t n, int64_t groups,
                        const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t k, const float* scale,
-                       const float* zero, void* memory) {
-  const Parts at = parts_of(kernel, bits, n, groups, pieces, piece_count);
+                       const float* zero, void* memory, bool with_sums) {
+  const Parts at = parts_of(kernel, bits, n, groups, pieces, piece_count, with_sums);
   auto* base = static_cast<uint8_t*>(memory);
   std::memset(base, 0, static_cast<size_t>(at.end));
 
@@ -139,12 +144,14 @@ void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int6
   header.piece_count = piece_count;
   header.bytes = at.end;
   header.has_zeros = find_uniform_zero(code_bits, zero, n * groups, &header.uniform_zero) ? 0 : 1;
+  header.has_sums = with_sums ? 1 : 0;
   std::memcpy(base, &header, sizeof header);
   if (piece_count > 0) std::memcpy(base + at.pieces, pieces, static_cast<size_t>(piece_count) * sizeof(KPiece));
 
   const int64_t block_n = kernel.block_n, blocks = blocks_of(kernel, n);
   auto* scale_out = reinterpret_cast<float*>(base + at.scale);
   auto* zero_scale_out = reinterpret_cast<float*>(base + at.zero_scale);
+  auto* weight_sum_out = reinterpret_cast<float*>(base + at.weight_sum);
   for_each_shared(blocks, n * k > (1 << 20), [&](int64_t b) {
     const int64_t first = b * block_n, valid = std::min(block_n, n - first);
     kernel.pack_block(bits, pieces, piece_count, codes + first * k, k, valid, base + at.blocks + b * at.block_bytes);
@@ -153,6 +160,16 @@ void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int6
         const int64_t from = (first + lane) * groups + g, to = (b * groups + g) * block_n + lane;
         scale_out[to] = scale[from] / kernel.lane_factor(bits, lane);
         zero_scale_out[to] = scale[from] * zero[from];
+      }
+    }
+    for (int64_t p = 0; with_sums && p < piece_count; ++p) {
+      for (int64_t lane = 0; lane < valid; ++lane) {
+        const uint8_t* code = codes + (first + lane) * k + pieces[p].k_begin;
+        int64_t sum = 0;
+        for (int64_t i = 0; i < pieces[p].k_size; ++i) sum += code[i];
+        const int64_t from = (first + lane) * groups + pieces[p].group;
+        const double weights = static_cast<double>(sum) - static_cast<double>(zero[from]) * pieces[p].k_size;
+        weight_sum_out[(b * groups + pieces[p].group) * block_n + lane] += static_cast<float>(weights * scale[from]);
       }
     }
   });
@@ -173,7 +190,8 @@ Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t 
   }
   const auto* pieces = reinterpret_cast<const KPiece*>(base + pieces_at);
   if (!sound(header, pieces)) return Status::wrong_layout;
-  const Parts at = parts_of(kernel, header.bits, header.n, header.groups, pieces, header.piece_count);
+  const Parts at =
+      parts_of(kernel, header.bits, header.n, header.groups, pieces, header.piece_count, header.has_sums != 0);
   if (at.end != header.bytes) return Status::wrong_layout;
   view->kernel = &kernel;
   view->bits = header.bits;
@@ -186,6 +204,7 @@ Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t 
   view->scale = reinterpret_cast<const float*>(base + at.scale);
   view->zero_scale = header.has_zeros ? reinterpret_cast<const float*>(base + at.zero_scale) : nullptr;
   view->zero = reinterpret_cast<const float*>(base + at.zero);
+  view->weight_sum = header.has_sums ? reinterpret_cast<const float*>(base + at.weight_sum) : nullptr;
   view->uniform_zero = header.uniform_zero;
   return Status::ok;
 }
@@ -210,7 +229,7 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
 
 Status packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                        const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                       const Epilogue& epilogue, const float* group_scale, bool halves) {
+                       const Epilogue& epilogue, const float* group_scale, const float* group_offset, bool halves) {
   // A chunk is some rows, whose activations stay in L2, against some blocks, whose codes stay there
   // too: long enough to amortize what a kernel does at its ends, short enough to give every thread
   // two, so that one which was preempted holds the others up little.
@@ -223,9 +242,13 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   for (int64_t p = 0; p < view.piece_count; ++p) k += view.pieces[p].k_size;
   int64_t rows_fit = std::max<int64_t>(64, view.kernel->activation_bytes / std::max<int64_t>(1, k) / 64 * 64);
   const EpilogueKernel* epilogue_of_chunk = nullptr;
+  const bool offsets = group_offset != nullptr && view.weight_sum != nullptr;
   if (!epilogue.empty()) {  // which reads the outputs again: they stay in L2, too
     epilogue_of_chunk = epilogue_kernel(view.kernel->isa);
     rows_fit = std::clamp<int64_t>(kOutputBytes / std::max<int64_t>(1, 4 * view.n) / 32 * 32, 32, rows_fit);
+  }
+  if (offsets) {  // which are added to a chunk's columns in L2; more rows, and a kernel may write past the caches
+    rows_fit = std::clamp<int64_t>(3 * kOutputBytes / std::max<int64_t>(1, 4 * ldy) / 32 * 32, 32, rows_fit);
   }
   // A kernel that wants many channels at once gets threads that share the rows out before the channels.
   const int64_t blocks_at_once = std::min(blocks, view.kernel->channels_at_once / block_n);
@@ -270,6 +293,11 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
       add_halves(half, ldh, y_rows, width, bias == nullptr ? nullptr : bias + first, y + y_row * ldy + first, ldy);
     } else {
       run(bias, y + y_row * ldy, ldy);
+    }
+    for (int64_t b = block_begin; offsets && b < block_end; ++b) {
+      block_offsets_kernel(view.kernel->isa)
+          ->run({group_offset + row_begin * view.groups, view.weight_sum + b * view.groups * block_n, view.groups,
+                 block_n, y + y_row * ldy + b * block_n, ldy, y_rows, std::min(block_n, view.n - b * block_n)});
     }
     if (epilogue_of_chunk == nullptr) return;
     EpilogueArgs args = {y + y_row * ldy + first, ldy, y_rows, width, epilogue};

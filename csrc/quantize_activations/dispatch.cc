@@ -39,6 +39,8 @@ Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
   if (args.m < 0 || args.k < 0 || args.ldx < args.k || (args.k > 0 && args.group_size <= 0)) {
     return Status::invalid_argument;
   }
+  if (args.mode == Activations::int8_block && args.m * args.k > 0 && args.offset == nullptr)
+    return Status::invalid_argument;
   const QuantizeRowsKernel* kernel = variants().pick(ceiling);
   const auto run = [&](QuantizeRowsArgs part) {
     if (finishes) {
@@ -67,6 +69,7 @@ Status quantize_rows(const QuantizeRowsArgs& args, Isa ceiling) {
     part.q += row * padded;
     part.scale += args.mode == Activations::int8_block ? row * groups : row;
     part.sums += row * groups;
+    if (part.offset != nullptr) part.offset += row * groups;
     if (part.epilogue.residual != nullptr) part.epilogue.residual += begin * args.epilogue.ldr;
     const Status status = run(part);
     if (status != Status::ok) worst.store(static_cast<int>(status));

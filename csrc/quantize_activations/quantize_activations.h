@@ -1,13 +1,17 @@
 // Float activations to int8 rows, each against its own absolute maximum.
 //
 //   int8        scale[m] = max_k |x[m, k]| / 127        q[m, k] = rint(x[m, k] * (127 / max))
-//   int8_block  the same over each group: scale[m, g] = max_{k in g} |x[m, k]| / 127, ..
+//   int8_block  for each group, x ~= offset[m, g] + scale[m, g] * q: the offset is the middle of its range,
+//               scale[m, g] = max_{k in g} |x[m, k] - offset| / 127, q = rint((x[m, k] - offset) * (127 / max)).
+//               Half the range of 128 Gaussian values is 8% less than their largest magnitude, and of
+//               a group with one outlier half as much
 //   int16       two rows a row, x ~= scale[2 m] * q[2 m] + scale[2 m + 1] * q[2 m + 1]: with
 //               t = x * (127 * 254 / max), the first holds h = rint(t * (1 / 254)) and the second
 //               rint(t - 254 h), both within -127 .. 127; scale[2 m + 1] = max / (127 * 254) and
 //               scale[2 m] = 254 times that
 //
-// Rounding is to nearest, ties to even. A row (group) of zeros has scale 0 and codes 0.
+// Rounding is to nearest, ties to even. A row (group) of zeros has scale 0 and codes 0, and so
+// has a group of equal values, which its offset holds.
 #pragma once
 
 #include <cstddef>
@@ -49,6 +53,7 @@ struct QuantizeRowsArgs {
   float* scale;        // out [rows]; int8_block: [rows, groups]
   int32_t* sums;       // out [rows, groups], the sums of q over each group
   Activations mode = Activations::int8;
+  float* offset = nullptr;        // out [rows, groups] in mode int8_block
   Epilogue epilogue;              // of x, before it is rounded
   float* epilogue_row = nullptr;  // [k] to work in, where there is an epilogue; quantize_rows brings its own
 };

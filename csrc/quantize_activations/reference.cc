@@ -21,6 +21,25 @@ bool round_range(const float* x, int64_t count, int8_t* q, float* scale) {
   return true;
 }
 
+// Codes and scale of x[0, count) around the middle of its range.
+bool round_around(const float* x, int64_t count, int8_t* q, float* scale, float* offset) {
+  float least = x[0], largest = x[0];
+  for (int64_t k = 0; k < count; ++k) {
+    if (!std::isfinite(x[k])) return false;
+    least = std::fmin(least, x[k]);
+    largest = std::fmax(largest, x[k]);
+  }
+  *offset = (0.5f * largest + 0.5f * least) + 0.0f;
+  // The middle is rounded, so that either end may be farther from it; x - offset is no farther than both.
+  const float max = std::fmax(largest - *offset, *offset - least), to_code = 127.0f / max;
+  const bool zero = !std::isfinite(to_code);
+  *scale = zero ? 0.0f : max / 127.0f;
+  for (int64_t k = 0; k < count; ++k) {
+    q[k] = zero ? 0 : static_cast<int8_t>(std::nearbyint((x[k] - *offset) * to_code));
+  }
+  return true;
+}
+
 // The same as two rows, `low` behind `high`.
 bool round_halves(const float* x, int64_t count, int8_t* high, int8_t* low, float* scale) {
   float max = 0.0f;
@@ -64,7 +83,8 @@ Status run(const QuantizeRowsArgs& args) {
     }
     for (int64_t g = 0; blocks && g < groups; ++g) {
       const int64_t begin = g * args.group_size, left = args.k - begin;
-      finite = round_range(x + begin, left < args.group_size ? left : args.group_size, q + begin, scale + g) && finite;
+      const int64_t count = left < args.group_size ? left : args.group_size;
+      finite = round_around(x + begin, count, q + begin, scale + g, args.offset + m * groups + g) && finite;
     }
     if (!finite) return Status::not_finite;
     for (int64_t r = row; r < row + per_row; ++r, q += padded) {

@@ -29,6 +29,58 @@ static float largest_magnitude(const float* x, int64_t k) {
   return F::largest_lane(F::larger_magnitude(largest[0], largest[2]));
 }
 
+// The middle of the range of x[0, count) and the largest distance from it, NaN if one is not finite.
+template <class F>
+static float distance_from_middle(const float* x, int64_t count, float* middle) {
+  constexpr int64_t kLanes = F::kLanes;
+  float least = x[0], largest = x[0], not_finite = 0.0f;
+  if (count >= kLanes) {
+    auto low = F::load(x), high = low, bad = F::all(0.0f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const auto v = F::load(x + (i + kLanes <= count ? i : count - kLanes));
+      low = F::smaller(low, v);
+      high = F::larger(high, v);
+      bad = F::multiply_add(v, F::all(0.0f), bad);  // 0 x is NaN for an infinity, too
+    }
+    float lows[kLanes], highs[kLanes], bads[kLanes];
+    F::store(lows, low);
+    F::store(highs, high);
+    F::store(bads, bad);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      least = lows[i] < least ? lows[i] : least;
+      largest = highs[i] > largest ? highs[i] : largest;
+      not_finite += bads[i];
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      least = x[i] < least ? x[i] : least;
+      largest = x[i] > largest ? x[i] : largest;
+      not_finite += 0.0f * x[i];
+    }
+  }
+  *middle = (0.5f * largest + 0.5f * least) + 0.0f;  // which makes a zero of either sign a positive one
+  const float above = largest - *middle, below = *middle - least;
+  return (above > below ? above : below) + not_finite;
+}
+
+// q[begin, end) of x - offset; returns their sum.
+template <class F, class Range>
+static int32_t quantize_around(const float* x, int64_t begin, int64_t end, float offset, float to_code, int8_t* q) {
+  constexpr int64_t kLanes = F::kLanes, kStep = 128;
+  float from_offset[kStep];
+  int32_t sum = 0;
+  for (; begin < end; begin += kStep) {
+    const int64_t count = end - begin < kStep ? end - begin : kStep;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      F::store(from_offset + i, F::subtract(F::load(x + begin + i), F::all(offset)));
+    }
+    for (; i < count; ++i) from_offset[i] = x[begin + i] - offset;
+    sum += Range::quantize_group(from_offset, 0, count, to_code, q + begin);
+  }
+  return sum;
+}
+
 static inline bool is_finite(float magnitude) { return magnitude < __builtin_inff(); }
 
 // From the largest magnitude to the factor of the codes 0 .. `most`, or 0 where it is so small that the
@@ -82,11 +134,14 @@ static Status round_rows(const QuantizeRowsArgs& args) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * args.group_size, end = end_of(g);
       if (blocks) {
-        max = largest_magnitude<F>(x + begin, end - begin);
+        float* offset = args.offset + m * groups + g;
+        max = distance_from_middle<F>(x + begin, end - begin, offset);
         if (!is_finite(max)) return Status::not_finite;
         to_code = factor_of(max, 127.0f, args.scale + m * groups + g);
+        sums[g] = quantize_around<F, Range>(x, begin, end, *offset, to_code, q);
+      } else {
+        sums[g] = Range::quantize_group(x, begin, end, to_code, q);
       }
-      sums[g] = Range::quantize_group(x, begin, end, to_code, q);
     }
     Range::set_zero(q, args.k, padded);
   }

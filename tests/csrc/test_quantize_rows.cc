@@ -19,6 +19,7 @@ struct Rounded {
   std::vector<int8_t> q;
   std::vector<float> scale;
   std::vector<int32_t> sums;
+  std::vector<float> offset;
 };
 
 struct Input {
@@ -48,6 +49,8 @@ Rounded round_rows(const Input& in, const Run& run) {
   args.scale = out.scale.data();
   args.sums = out.sums.data();
   args.mode = in.mode;
+  if (in.mode == Activations::int8_block) out.offset.assign(static_cast<size_t>(rows * groups), -1.0f);
+  args.offset = out.offset.data();
   args.epilogue = in.epilogue;
   std::vector<float> row(static_cast<size_t>(in.k));
   args.epilogue_row = row.data();
@@ -57,7 +60,8 @@ Rounded round_rows(const Input& in, const Run& run) {
 
 bool same(const Rounded& a, const Rounded& b) {
   return a.status == b.status && a.q == b.q && a.sums == b.sums &&
-         (a.scale.empty() || std::memcmp(a.scale.data(), b.scale.data(), a.scale.size() * sizeof(float)) == 0);
+         (a.scale.empty() || std::memcmp(a.scale.data(), b.scale.data(), a.scale.size() * sizeof(float)) == 0) &&
+         (a.offset.empty() || std::memcmp(a.offset.data(), b.offset.data(), a.offset.size() * sizeof(float)) == 0);
 }
 
 // Against the formula of quantize_activations.h, for the reference itself.
@@ -83,7 +87,7 @@ void check_formula(const Input& in, const Rounded& out) {
 }
 
 // The other modes: what the codes stand for is within half a step of the input, which is 1 / 127 of
-// the group's largest, or 1 / (127 * 254) of the row's.
+// half the group's range, or 1 / (127 * 254) of the row's largest.
 void check_mode(const Input& in, const Rounded& out) {
   const bool halves = in.mode == Activations::int16;
   const int64_t padded = padded_row_bytes(in.k), per_row = rows_per_row(in.mode);
@@ -92,17 +96,25 @@ void check_mode(const Input& in, const Rounded& out) {
     for (int64_t k = 0; k < in.k; ++k) {
       const int64_t first = halves ? 0 : k / in.group_size * in.group_size;
       const int64_t last = halves ? in.k : std::min(in.k, first + in.group_size);
-      float max = 0.0f;
-      double value = 0.0;
-      for (int64_t i = first; i < last; ++i) max = std::fmax(max, std::fabs(in.x[r * in.ldx + i]));
+      float max = 0.0f, low = in.x[r * in.ldx + first], high = low;
+      for (int64_t i = first; i < last; ++i) {
+        const float x = in.x[r * in.ldx + i];
+        max = std::fmax(max, std::fabs(x));
+        low = std::fmin(low, x);
+        high = std::fmax(high, x);
+      }
+      double value =
+          halves ? 0.0 : static_cast<double>(out.offset[static_cast<size_t>(r * groups + k / in.group_size)]);
       for (int64_t h = r * per_row; h < (r + 1) * per_row; ++h) {
         const int q = out.q[static_cast<size_t>(h * padded + k)];
         CHECK(q >= -127 && q <= 127);
         value += static_cast<double>(out.scale[static_cast<size_t>(halves ? h : r * groups + k / in.group_size)]) * q;
       }
-      const double step = static_cast<double>(max) / (halves ? 127.0 * 254.0 : 127.0);
+      const double reach =
+          halves ? static_cast<double>(max) : 0.5 * (static_cast<double>(high) - static_cast<double>(low));
+      const double step = reach / (halves ? 127.0 * 254.0 : 127.0);
       const double error = std::fabs(value - static_cast<double>(in.x[r * in.ldx + k]));
-      CHECK_NOTE(error <= 0.51 * step || max < 1e-33f, "%g instead of %g", value,
+      CHECK_NOTE(error <= 0.51 * step + 2e-7 * static_cast<double>(max) || max < 1e-33f, "%g instead of %g", value,
                  static_cast<double>(in.x[r * in.ldx + k]));
     }
     for (int64_t h = r * per_row; h < (r + 1) * per_row; ++h) {
@@ -194,6 +206,26 @@ void after_an_epilogue(const QuantizeRowsKernel& kernel) {
   }
 }
 
+// Blocks whose middle is rounded by as much as they spread: no code may leave -127 .. 127.
+void around_a_far_middle(const QuantizeRowsKernel& kernel) {
+  check::Random random(9);
+  for (float far : {1000.0f, -1e30f, 3.3e38f}) {
+    for (int64_t k : {int64_t{2}, int64_t{5}, int64_t{40}, int64_t{128}, int64_t{200}}) {
+      std::vector<float> x(static_cast<size_t>(k), far);
+      for (float& v : x) {
+        if (random.below(2) == 0) v = std::nextafter(far, 0.0f);
+      }
+      x[0] = far;
+      x[1] = -std::numeric_limits<float>::max() / (random.below(2) == 0 ? 1.0f : 1e20f);
+      if (far == 1000.0f) x[1] = std::nextafter(far, 0.0f);
+      const Input in = {x.data(), k, 1, k, 128, Activations::int8_block};
+      const Rounded out = round_rows(in, kernel.run);
+      CHECK(out.status == Status::ok && same(out, round_rows(in, quantize_rows_reference()->run)));
+      check_mode(in, out);
+    }
+  }
+}
+
 // Enough rows that they are shared out over the threads.
 void over_many_rows(const QuantizeRowsKernel& kernel) {
   check::Random random(8);
@@ -258,6 +290,7 @@ int main() {
       [](const QuantizeRowsKernel& kernel) {
         over_awkward_shapes(kernel);
         after_an_epilogue(kernel);
+        around_a_far_middle(kernel);
         over_many_rows(kernel);
         not_finite_anywhere(kernel);
       });

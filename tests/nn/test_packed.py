@@ -310,7 +310,9 @@ def test_finer_activations_equal_the_simulated_form(
             x[..., ::50] *= 20
             ours, expected = packed(x), simulated(x)
             terms = QuantizedWeight.from_codes(w.codes, w.scale, -w.zero, group_size=group_size, levels=levels)
-            size = x.abs() @ terms.dequantize().T + bias.abs()
+            # What a block is counted from is as large as its largest, and is added and taken off again.
+            reach = x.abs() if activations == "int16" else x.abs().amax(-1, keepdim=True).expand_as(x)
+            size = reach @ terms.dequantize().T + bias.abs()
             assert ours.shape == expected.shape and ((ours - expected).abs() <= 2e-6 * size).all()
 
 
@@ -329,9 +331,9 @@ def test_error_of_each_activation_mode() -> None:
             exact = x @ w.dequantize().T
             errors[activations, name] = float((layer(x) - exact).norm() / exact.norm())
     assert errors["int8", "gaussian"] <= 1.1e-2
-    assert errors["int8-block", "gaussian"] <= 7e-3
+    assert errors["int8-block", "gaussian"] <= 6e-3
     assert errors["int16", "gaussian"] <= 5e-5 and errors["int16", "outliers"] <= 4e-4
-    assert errors["int8-block", "outliers"] <= 0.7 * errors["int8", "outliers"]
+    assert errors["int8-block", "outliers"] <= 0.4 * errors["int8", "outliers"]
 
 
 def test_activations_that_do_not_exist_or_fit() -> None:

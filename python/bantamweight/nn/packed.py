@@ -102,7 +102,7 @@ class PackedLayer(QuantizedLayer):
 class PackedLinear(PackedLayer):
     """`nn.Linear` on a low-bit kernel; inputs are rounded to int8 row by row, or more finely.
 
-    `activations` is "int8", "int8-block" (a scale for every 128 columns of a row, for inputs with outliers) or "int16"
+    `activations` is "int8", "int8-block" (a range for every 128 columns of a row, for inputs with outliers) or "int16"
     (weights are then the only thing that rounding changes; twice the arithmetic, the same reading of weights).
 
     Example:

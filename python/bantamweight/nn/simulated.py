@@ -53,6 +53,26 @@ class _RoundToInt16(torch.autograd.Function):
         return grad_output
 
 
+class _RoundAroundMiddle(torch.autograd.Function):
+    """Rounds each block [..., block] to 127 steps on either side of the middle of its range; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        least, largest = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        middle = 0.5 * largest + 0.5 * least
+        # The middle is rounded, so that either end may be farther from it.
+        maximum = torch.maximum(largest - middle, middle - least)
+        most = torch.full_like(maximum, 127.0)
+        to_code = most / maximum
+        usable = torch.isfinite(to_code)
+        codes = torch.round((x - middle) * torch.where(usable, to_code, 0.0))
+        return codes * torch.where(usable, maximum / most, 0.0) + middle
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_output
+
+
 def simulate_int8(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x as the kernels see it: ``round(x * 127 / max|x|) * max|x| / 127`` over `dims`; x for no `dims`."""
     if x.numel() == 0 or not dims:
@@ -65,14 +85,17 @@ def simulate_activations(x: Tensor, activations: str, group_size: int) -> Tensor
 
     Args:
         group_size: columns that share a scale of the weight; blocks are of that size where it is below 128.
+            A block is rounded around the middle of its range, a row around zero.
     """
     if activations == "int8" or x.numel() == 0:
         return simulate_int8(x, (-1,))
     if activations == "int16":
         return _RoundToInt16.apply(x)  # type: ignore[return-value]
     size = min(group_size, BLOCK, x.shape[-1])
-    blocks = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))  # zeros change no maximum
-    return simulate_int8(blocks, (-1,)).flatten(-2)[..., : x.shape[-1]]
+    filler = x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % size)  # which changes no range
+    blocks = torch.cat((x, filler), dim=-1).unflatten(-1, (-1, size))
+    rounded: Tensor = _RoundAroundMiddle.apply(blocks)  # type: ignore[assignment]
+    return rounded.flatten(-2)[..., : x.shape[-1]]
 
 
 class SimulatedLayer(QuantizedLayer):

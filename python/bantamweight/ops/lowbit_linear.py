@@ -45,8 +45,8 @@ def pack_linear(weight: QuantizedWeight, kernel: str | None = None, activations:
     Args:
         weight: on the CPU.
         kernel: "avx512_vnni", say; None for the best that BANTAMWEIGHT_FORCE_KERNEL allows.
-        activations: "int8" rounds inputs row by row; "int8-block" on their own in each block of 128 columns of a row
-            (or group of fewer); "int16" row by row to 16 bits, at twice the arithmetic.
+        activations: "int8" rounds inputs row by row; "int8-block" each block of 128 columns of a row (or group of
+            fewer) around the middle of its range; "int16" row by row to 16 bits, at twice the arithmetic.
 
     Returns:
         uint8 [bytes], for this machine's memory only; a file holds the canonical form.
