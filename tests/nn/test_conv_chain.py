@@ -394,4 +394,10 @@ def test_int8_maps_keep_the_accuracy_of_real_networks(depth: int, monkeypatch: p
         predicted = torch.cat([model(part).argmax(1) for part in images.split(100)])
         return 100 * float((predicted == labels).float().mean())
 
-    assert abs(accuracy(fuse(model, calibration=calibration)) - accuracy(fuse(model))) <= 0.3 + 1e-6
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small gain nothing from a second thread, and lose much on a busy machine
+    try:
+        static, dynamic = accuracy(fuse(model, calibration=calibration)), accuracy(fuse(model))
+    finally:
+        torch.set_num_threads(before)
+    assert abs(static - dynamic) <= 0.3
