@@ -17,111 +17,29 @@
 // together, the ring (9 KB), the sums (4 KB) and the activations: a store that misses holds up all
 // stores behind it, so a ring of four or a second buffer of sums cost 20%.
 //
-// It reaches 2,400 GOPS at 2 bits, 2,100 at 4 and 1,450 in groups of 128; tdpbsud alone 6,300. Beside a
+// It reaches 2,400 GOPS at 2 bits and 2,100 at 4; tdpbsud alone 6,300. Beside a
 // product (16 cycles) 32 vector operations, 16 stores or 16 loads that hit L1 cost nothing, and the two
 // stores of two tiles; the stores of four tiles in a row cost 23 ns. At 512 rows of 3072 k a quarter of
 // the time is the rounding of the activations, which come from memory.
 //
-// Tried and slower: unpacking once for many row tiles (the unpacked weights, 4 KB a chunk, outgrow L1,
-// and the stores into L2 cost more than unpacking again for every 16 rows). No gain: tile stores put
-// off until the next group's products, fetching the activations ahead, the masks in one run.
-// Tried and given up: 32 rows x 32 channels, two tiles of activations against two of codes, which are
-// unpacked to signed bytes once and kept for all rows, and two groups turned into floats together. Its
-// products alone run at 4,600 GOPS from L1 and 3,500 from L2, but with everything else it was 10% faster
-// at 512 rows of 4 bits, 8% in groups of 128, 25% in groups of 32, and slower by 5 to 10% at 2 bits and
-// at 128 rows and fewer: loads of activations from L2 throw the codes and sums out of L1.
+// From 64 rows on, short groups run in amx_panel.h instead, which unpacks once for many rows. No gain
+// here: tile stores put off until the next group's products, fetching the activations ahead, the masks
+// in one run.
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__AVX512DQ__)
+#include "lowbit_linear/amx_panel.h"
+#include "lowbit_linear/amx_tiles.h"
 #include "lowbit_linear/finish_avx512.h"
 #include "lowbit_linear/three_bits_avx512.h"
 
 namespace bantamweight {
 namespace {
 
-constexpr int64_t kBlockN = 64, kTileRows = 16, kTileBytes = 1024, kTileSums = kTileRows * kBlockN;
-constexpr int64_t kChunkQuads = 16;  // 64 k
 constexpr int64_t kAhead = 2, kRing = kAhead + 1;
 // With fewer rows, or fewer chunks in all, VNNI is faster: it neither stores and loads the unpacked
 // weights again nor configures tiles (0.3 us).
 constexpr int64_t kMinRows = 4, kMinChunks = 8;
-
-// Written with memory clobbers: the compiler sees neither what a tile load reads nor what a store writes.
-#define TILE_LOAD(tile, address, stride) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(address), "r"(static_cast<int64_t>(stride)) : "memory")
-#define TILE_STORE(tile, address, stride)                                                                   \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(address), "r"(static_cast<int64_t>(stride)) \
-                   : "memor"                                                                                \
-                     "y")
-#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::: "memory")
-// sum += activations (signed) x codes (unsigned)
-#define TILE_MULTIPLY(sum, activations, codes) \
-  __asm__ volatile("tdpbsud %%tmm" #codes ", %%tmm" #activations ", %%tmm" #sum::: "memory")
-
-// Tiles 0 .. 3 hold the sums and 4 the activations of `rows` rows; 5 .. 7 hold codes.
-void configure(int64_t rows) {
-  alignas(64) uint8_t config[64] = {};
-  config[0] = 1;  // palette
-  for (int t = 0; t < 8; ++t) {
-    config[16 + 2 * t] = 64;  // bytes a row
-    config[48 + t] = static_cast<uint8_t>(t < 5 ? rows : kTileRows);
-  }
-  __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
-}
-
-// Up to 64 k within one piece of a block.
-struct Chunk {
-  int64_t row_offset;     // of its activations
-  int64_t weight_offset;  // of its codes in the block
-  int32_t quads;          // 1 .. 16
-  int32_t group;
-  bool begins_group, ends_group;
-};
-constexpr int64_t kMaxChunks = 512;  // a block with more of them runs on VNNI
-
-int64_t quads_of(const KPiece& piece) { return (piece.k_size + 3) / 4; }
-
-int64_t count_chunks(const TileTask& task) {
-  int64_t count = 0;
-  for (int64_t p = 0; p < task.piece_count; ++p) count += (quads_of(task.pieces[p]) + kChunkQuads - 1) / kChunkQuads;
-  return count;
-}
-
-int64_t count_quads(const TileTask& task) {
-  int64_t count = 0;
-  for (int64_t p = 0; p < task.piece_count; ++p) count += quads_of(task.pieces[p]);
-  return count;
-}
-
-void list_chunks(const TileTask& task, int bits, Chunk* chunk) {
-  const int64_t step_quads = bits == 3 ? 2 : 1, step_bytes = 32 * bits * step_quads;
-  int64_t weight_offset = 0;
-  for (int64_t p = 0; p < task.piece_count; ++p) {
-    const KPiece& piece = task.pieces[p];
-    const bool first = p == 0 || task.pieces[p - 1].group != piece.group;
-    const bool last = p + 1 == task.piece_count || task.pieces[p + 1].group != piece.group;
-    const int64_t quads = quads_of(piece);
-    for (int64_t q = 0; q < quads; q += kChunkQuads, ++chunk) {
-      chunk->row_offset = piece.row_offset + 4 * q;
-      chunk->weight_offset = weight_offset;
-      chunk->quads = static_cast<int32_t>(quads - q < kChunkQuads ? quads - q : kChunkQuads);
-      chunk->group = static_cast<int32_t>(piece.group);
-      chunk->begins_group = first && q == 0;
-      chunk->ends_group = last && q + kChunkQuads >= quads;
-      weight_offset += (chunk->quads + step_quads - 1) / step_quads * step_bytes;
-    }
-  }
-}
-
-// Bytes from each row to the next, or 0 if they are not equally spaced.
-int64_t equal_spacing(const int8_t* const* rows, int64_t count) {
-  if (count == 1) return 64;
-  const int64_t stride = rows[1] - rows[0];
-  for (int64_t r = 2; r < count; ++r) {
-    if (rows[r] - rows[r - 1] != stride) return 0;
-  }
-  return stride;
-}
 
 // A quarter of a chunk, 4 quads, from raw codes to masked tiles. Codes of 8 bits are tiles as they lie.
 template <int kBits>
@@ -462,6 +380,22 @@ bool outgrows_cache(const TileTask& task) {
   return task.y != nullptr && aligned && task.row_count * task.ldy * 4 >= kCacheBytes;
 }
 
+// Groups of up to a panel. Longer ones pass through memory more seldom, and the stream, which does not
+// copy the activations, is as fast or faster: 768 x 3072 at 512 rows and 4 bits, one group, 1.30 ms
+// against 1.53; in groups of 128, 1.92 against 1.65.
+bool panels_pay(int bits, const TileTask& task, int64_t chunk_count) {
+  // Codes of 8 bits are signed bytes only around the middle.
+  if (bits == 3 || (bits == 8 && (task.zero_scale != nullptr || task.uniform_zero != 128))) return false;
+  if (task.codes.rows != nullptr || task.row_count < kMinPanelRows || chunk_count == 0) return false;
+  return most_pairs(chunk_count) > 0 && longest_group(task) <= kPanelChunks;
+}
+
+int64_t scratch_bytes(int bits, const TileTask& task) {
+  const int64_t chunk_count = count_chunks(task);
+  if (chunk_count > kMaxChunks || !panels_pay(bits, task, chunk_count)) return 0;
+  return panel_scratch_bytes(task.row_count, chunk_count);
+}
+
 void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
   TileTask task = first;
   task.stream_outputs = outgrows_cache(task);
@@ -485,6 +419,11 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
       row = end / kNarrowRows * kNarrowRows;
       const auto run_bits = bits == 2 ? run_narrow_bits<2> : bits == 8 ? run_narrow_bits<8> : run_narrow_bits<4>;
       if (row > 0) run_bits(task, chunks, chunk_count, row);
+    } else if (task.scratch != nullptr && panels_pay(bits, task, chunk_count)) {
+      row = end / kPairRows * kPairRows;
+      const auto run_bits = bits == 2 ? run_panels<2> : bits == 8 ? run_panels<8> : run_panels<4>;
+      run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
+               chunk_count, row);
     }
     for (; row < end; row += kTileRows) {
       const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
@@ -531,9 +470,11 @@ void expand_block(const KPiece* pieces, int64_t piece_count, const uint8_t* bloc
 // from 47.8 ms to 37.7.
 constexpr int64_t kActivationBytes = 768 << 10;
 
-constexpr LinearKernel kernel = {Isa::amx, 64,         block_bytes,  lane_factor, pack_block, unpack_block,
-                                 run,      run_blocks, expand_block, 128,         0,          kActivationBytes,
-                                 true};
+constexpr int64_t kChannelsPerCopy = 1024;
+
+constexpr LinearKernel kernel = {
+    Isa::amx, 64, block_bytes,      lane_factor, pack_block,    unpack_block,    run, run_blocks, expand_block,
+    128,      0,  kActivationBytes, true,        scratch_bytes, kChannelsPerCopy};
 
 }  // namespace
 

@@ -168,6 +168,7 @@ struct TileTask {
   bool stream_outputs = false;  // a variant may set it to write past the caches
   CodeOutputs codes;            // instead of y, for a kernel that writes codes
   int64_t first_channel = 0;    // of the block, for them
+  uint8_t* scratch = nullptr;   // the kernel's scratch_bytes, 64-byte aligned, or null
 };
 
 struct LinearKernel {
@@ -197,6 +198,11 @@ struct LinearKernel {
   // Activations that run between two loads of the weights from beyond L2, where they stay meanwhile.
   int64_t activation_bytes = 384 << 10;
   bool writes_codes = false;  // takes TileTask::codes
+  // Optional: working memory that run_blocks makes use of if it gets it, for copies of the activations;
+  // 0 where it has no use for any. Then one call should get `channels_per_copy` channels, if that leaves
+  // no thread idle.
+  int64_t (*scratch_bytes)(int bits, const TileTask& task) = nullptr;
+  int64_t channels_per_copy = 0;
 };
 
 // Null if this build has no such variant.

@@ -116,6 +116,20 @@ void add_halves(const float* half, int64_t ldh, int64_t row_count, int64_t n, co
   }
 }
 
+TileTask task_of(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
+                 int64_t row_count) {
+  TileTask task = {};
+  task.uniform_zero = view.uniform_zero;
+  task.pieces = view.pieces;
+  task.piece_count = view.piece_count;
+  task.groups = view.groups;
+  task.rows = rows;
+  task.row_scale = row_scale;
+  task.row_sums = row_sums;
+  task.row_count = row_count;
+  return task;
+}
+
 }  // namespace
 
 int stored_bits(const LinearKernel& kernel, int bits, int64_t n, int64_t k) {
@@ -265,7 +279,12 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
     const int64_t block_outputs = 4 * block_n * std::max<int64_t>(1, std::min(row_count, rows_fit));
     blocks_fit = std::min(blocks_fit, std::max<int64_t>(1, kHalvesBytes / block_outputs));
   }
-  const int64_t least = std::min(blocks_at_once, (blocks * row_chunks + threads - 1) / threads);
+  int64_t least = blocks_at_once;
+  if (view.kernel->scratch_bytes != nullptr) {
+    const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
+    if (view.kernel->scratch_bytes(view.bits, task) > 0) least = view.kernel->channels_per_copy / block_n;
+  }
+  least = std::min(least, (blocks * row_chunks + threads - 1) / threads);
   const int64_t blocks_per_chunk = std::max<int64_t>({1, least, std::min(macs / macs_per_block, blocks_fit)});
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
   const int64_t chunks = row_chunks * block_chunks;
@@ -312,20 +331,6 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
 
 namespace {
 
-TileTask task_of(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
-                 int64_t row_count) {
-  TileTask task = {};
-  task.uniform_zero = view.uniform_zero;
-  task.pieces = view.pieces;
-  task.piece_count = view.piece_count;
-  task.groups = view.groups;
-  task.rows = rows;
-  task.row_scale = row_scale;
-  task.row_sums = row_sums;
-  task.row_count = row_count;
-  return task;
-}
-
 // The task for the channels of blocks block_begin .. block_end - 1; bias and y are those of channel 0.
 void run_blocks(const PackedView& view, TileTask task, const float* bias, float* y, int64_t block_begin,
                 int64_t block_end) {
@@ -356,6 +361,11 @@ void run_blocks(const PackedView& view, TileTask task, const float* bias, float*
       bits = 4;
       block_bytes = room.block_bytes;
       task.weight = room.blocks;
+    }
+    if (kernel.scratch_bytes != nullptr) {
+      thread_local Scratch scratch;
+      const int64_t bytes = kernel.scratch_bytes(bits, task);
+      task.scratch = bytes == 0 ? nullptr : scratch.get(bytes);
     }
     if (kernel.run_blocks != nullptr) {
       kernel.run_blocks(bits, task, count, block_bytes, view.n - b * block_n);

@@ -332,6 +332,70 @@ void over_pieces(Isa isa) {
   }
 }
 
+// Rows enough for kernels that unpack codes once for many of them: every height of the last tile, groups
+// of less and more than such a panel, and rows behind pointers.
+void many_rows(Isa isa) {
+  const LinearKernel& kernel = *linear_kernel(isa);
+  const LinearKernel& reference = *linear_kernel(Isa::reference);
+  check::Random random(8);
+  const int64_t row_counts[] = {63, 64, 80, 97, 128, 213, 300}, widths[] = {33, 64, 81, 160, 257},
+                group_sizes[] = {32, 64, 96, 128, 256, 300, 200};
+  for (int round = 0; round < 56; ++round) {
+    const int bits = (const int[]){2, 4, 8, 3}[round % 4];
+    const int64_t m = row_counts[round % 7], n = widths[round % 5], group_size = group_sizes[round / 8],
+                  groups = 1 + random.below(7), k = groups * group_size - random.below(31);
+    const bool uniform = round % 3 != 0, scaled = round % 5 == 3, spaced = round % 2 == 0;
+    std::vector<KPiece> pieces;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * group_size;
+      pieces.push_back({begin, std::min(group_size, k - begin), begin, g});
+    }
+    std::vector<uint8_t> codes(static_cast<size_t>(n * k));
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(1 << bits));
+    std::vector<float> scale(static_cast<size_t>(n * groups)), bias(static_cast<size_t>(n)),
+        zero(scale.size(), static_cast<float>(1 << (bits - 1)));
+    for (float& s : scale) s = random.uniform();
+    for (float& b : bias) b = random.uniform();
+    if (!uniform) {
+      for (float& z : zero) z = 3.0f * random.uniform();
+    }
+    const int64_t row_step = (k + 63) / 64 * 64;
+    std::vector<int8_t> data(static_cast<size_t>(m * row_step + 64));
+    for (int8_t& a : data) a = static_cast<int8_t>(random.below(255) - 127);
+    std::vector<const int8_t*> rows;
+    std::vector<float> row_scale, group_scale;
+    std::vector<int32_t> row_sums;
+    for (int64_t r = 0; r < m; ++r) {
+      rows.push_back(data.data() + (spaced ? r : random.below(static_cast<int>(m))) * row_step);
+      row_scale.push_back(0.5f + 0.01f * static_cast<float>(r));
+      for (const KPiece& p : pieces) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < p.k_size; ++i) sum += rows.back()[p.row_offset + i];
+        row_sums.push_back(sum);
+        group_scale.push_back(random.uniform());
+      }
+    }
+    std::vector<float> out[2];
+    const LinearKernel* kernels[] = {&kernel, &reference};
+    for (int which = 0; which < 2; ++which) {
+      const LinearKernel& one = *kernels[which];
+      const int64_t bytes = packed_view_bytes(one, bits, n, groups, pieces.data(), groups);
+      void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
+      packed_view_write(one, bits, bits, n, groups, pieces.data(), groups, codes.data(), k, scale.data(), zero.data(),
+                        memory);
+      PackedView view;
+      CHECK(packed_view_read(one, memory, bytes, &view) == Status::ok);
+      out[which].assign(static_cast<size_t>(m * (n + 1)), kUntouched);
+      packed_view_run(view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(), n + 1,
+                      {}, scaled ? group_scale.data() : nullptr);
+      std::free(memory);
+    }
+    CHECK_NOTE(same_bits(out[0], out[1]), "%s: bits=%d m=%d n=%d k=%d in groups of %d%s%s", isa_name(isa), bits,
+               static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), static_cast<int>(group_size),
+               uniform ? "" : ", zeros", scaled ? ", scaled" : "");
+  }
+}
+
 // Three bits take three where four would not fit a core's cache; where they would, a kernel may use four.
 void three_bits_by_size(Isa isa) {
   check::Random random(4);
@@ -504,6 +568,7 @@ int main() {
     over_awkward_shapes(isas[i]);
     at_the_largest_sums(isas[i]);
     over_pieces(isas[i]);
+    many_rows(isas[i]);
     fused(isas[i]);
     three_bits_by_size(isas[i]);
     bad_input(isas[i]);
