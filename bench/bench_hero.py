@@ -302,30 +302,32 @@ def spread(records: list[dict[str, Any]], key: str, scale: float = 100.0) -> str
 
 
 def plot(name: str, rows: list[Row], path: Path) -> None:
-    """Accuracy against bits, a panel for every noise: rounding to nearest, one step a layer."""
+    """Accuracy against bits, rounded to nearest: a column for every noise, a row for one step a layer or a channel."""
     from matplotlib.figure import Figure
 
     noises = sorted({noise for noise, *_ in rows})
-    figure = Figure(figsize=(4.2 * len(noises), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(noises), squeeze=False)[0]
-    keys = ["float", *(f"tensor{b}" for b in BITS)]
-    for panel, noise in zip(panels, noises, strict=True):
+    figure = Figure(figsize=(4.2 * len(noises), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(noises), squeeze=False, sharex=True)
+    for (line, form), (column, noise) in itertools.product(enumerate(("tensor", "channel")), enumerate(noises)):
+        panel, keys = grid[line, column], ["float", *(f"{form}{b}" for b in BITS)]
         for at, optimizer, _, records in rows:
             if at == noise:
                 values = np.array([[100 * r[key] for key in keys] for r in records])
                 spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(keys))
-                panel.errorbar(range(len(keys)), values.mean(0), spread, marker="o", capsize=3, label=optimizer.upper())
+                label = f"{optimizer.upper()}, {len(records)} seeds"
+                panel.errorbar(range(len(keys)), values.mean(0), spread, marker="o", capsize=3, label=label)
         panel.set_xticks(range(len(keys)), ["float", *(f"W{b}" for b in BITS)])
-        panel.set_title(f"{name}, {noise:.0%} of the labels wrong" if noise else name)
+        labels = f", {noise:.0%} of the labels wrong" if noise else ""
+        panel.set_title(f"{name}{labels}: one step a {'layer' if form == 'tensor' else form}")
         panel.set_ylabel("test accuracy, %")
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    grid[0, 0].legend()
     figure.savefig(path, dpi=120)
 
 
 def table(rows: list[Row]) -> str:
-    columns = {"float": "float", "tensor4": "W4 tensor", "tensor3": "W3 tensor", "tensor2": "W2 tensor"}
-    columns |= {f"channel{b}": f"W{b} channel" for b in (4, 3, 2)} | {f"gpfq{b}": f"W{b} GPFQ" for b in BITS}
+    forms = {"tensor": "tensor", "channel": "channel", "gpfq": "GPFQ"}
+    columns = {"float": "float"} | {f"{key}{b}": f"W{b} {form}" for key, form in forms.items() for b in BITS}
     lines = [f"| noise | optimizer | chosen | {' | '.join(columns.values())} | lambda_max | seeds |"]
     lines.append("|" + "---|" * (len(columns) + 5))
     for noise, optimizer, candidate, records in sorted(rows, key=lambda row: row[0]):
