@@ -218,11 +218,7 @@ def quantized(model: nn.Module, method: GPFQ | RoundToNearest, x: Tensor, fold: 
 
 
 def per_tensor(model: nn.Module, bits: int, x: Tensor) -> nn.Module:
-    """Rounded to nearest with one symmetric step a layer, BatchNorm in float.
-
-    The step reaches the mean over output channels of their largest weight, as GPFQ's authors have it: what is larger
-    is clipped at any number of bits.
-    """
+    """Rounded to nearest with one symmetric step a layer that reaches its largest weight, BatchNorm in float."""
     return quantized(model, RoundToNearest(bits=bits, granularity="layer", alphabet="symmetric"), x[:64], False)
 
 

@@ -145,6 +145,19 @@ def test_layer_channel_and_group_steps():
     assert by_group.error < by_channel.error < by_layer.error
 
 
+def test_one_step_a_layer_reaches_its_largest_weight_by_rounding_and_the_mean_by_gpfq():
+    problem, _, _ = make_problem(d=64, neurons=24, rows=600)
+    with torch.no_grad():
+        problem.weight[:, :, 3] *= 4
+    settings = {"bits": 3, "granularity": "layer", "steps": (1.0,)}
+    nearest = RoundToNearest(**settings).quantize_layer(problem, None).weight
+    largest = problem.weight[0].abs().amax(0)
+    torch.testing.assert_close(nearest.scale, (largest.max() / 3).expand(24, 1))
+    assert float((nearest.dequantize() - problem.weight[0].T).abs().max()) <= 0.5001 * float(nearest.scale[0])
+    published = GPFQ(**settings).quantize_layer(problem, None).weight
+    torch.testing.assert_close(published.scale, (largest.mean() / 3).expand(24, 1))
+
+
 @pytest.mark.parametrize("config", [GPFQ, RoundToNearest])
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_rows_that_share_a_step(config, group_size):

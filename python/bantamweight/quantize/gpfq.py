@@ -134,6 +134,7 @@ class GPFQ(LayerwiseMethod):
             group_size=self.group_size_for(problem.inputs),
             percentile=self.percentile,
             rows_per_scale=self.rows_per_scale,
+            layer_range="mean",
             corrected=self.bias_correction,
             outputs=outputs,
             refine=self.steps is None,

@@ -102,17 +102,24 @@ class Grid:
 
 
 def weight_range(
-    weight: Tensor, *, granularity: str, group_size: int, percentile: float, rows_per_scale: int | None = None
+    weight: Tensor,
+    *,
+    granularity: str,
+    group_size: int,
+    percentile: float,
+    rows_per_scale: int | None = None,
+    layer_range: str = "largest",
 ) -> Tensor:
     """The quantile r of |w| over each group of each neuron.
 
     Args:
         weight: [problems, inputs, columns].
-        granularity: ``"group"`` and ``"channel"``: each (group of a) neuron its own. ``"layer"``: the mean over the
-            neurons, for all of them alike (the papers' choice).
+        granularity: ``"group"`` and ``"channel"``: each (group of a) neuron its own. ``"layer"``: one for all.
         group_size: inputs a group.
         percentile: 0 < quantile <= 1; 1 is the largest absolute value.
         rows_per_scale: neurons in a row that share a range, that of all their weights; None for each its own.
+        layer_range: of granularity ``"layer"``: the ``"largest"`` of the neurons' ranges, which cuts nothing off, or
+            their ``"mean"``, as GPFQ has it (Zhang et al. 2023, arXiv:2201.11113).
 
     Returns:
         [problems, groups, columns].
@@ -133,7 +140,7 @@ def weight_range(
     else:
         ranges = torch.stack([part.amax(dim=1) for part in parts], dim=1)
     if granularity == "layer":
-        ranges = ranges.mean().expand_as(ranges)
+        ranges = (ranges.mean() if layer_range == "mean" else ranges.amax()).expand_as(ranges)
     return ranges
 
 

@@ -38,6 +38,7 @@ def search_step(
     group_size: int,
     percentile: float,
     rows_per_scale: int | None = None,
+    layer_range: str = "largest",
     corrected: bool,
     outputs: Tensor,
     refine: bool = True,
@@ -51,6 +52,7 @@ def search_step(
         factors: the values of C, ascending.
         granularity: ``"layer"`` chooses one C for all neurons.
         rows_per_scale: neurons in a row that choose one C; None for each its own.
+        layer_range: `weight_range`'s.
         refine: whether the factors in between are tried.
         outputs: `LayerProblem.held_out_outputs`.
     """
@@ -60,6 +62,7 @@ def search_step(
         group_size=group_size,
         percentile=percentile,
         rows_per_scale=rows_per_scale,
+        layer_range=layer_range,
     )
 
     def of_choice(errors: Tensor) -> Tensor:
