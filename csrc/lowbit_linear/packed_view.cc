@@ -279,12 +279,16 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
     const int64_t block_outputs = 4 * block_n * std::max<int64_t>(1, std::min(row_count, rows_fit));
     blocks_fit = std::min(blocks_fit, std::max<int64_t>(1, kHalvesBytes / block_outputs));
   }
-  int64_t least = blocks_at_once;
+  const int64_t blocks_per_thread = (blocks * row_chunks + threads - 1) / threads;
+  int64_t least = std::min(blocks_at_once, blocks_per_thread);
   if (view.kernel->scratch_bytes != nullptr) {
     const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
-    if (view.kernel->scratch_bytes(view.bits, task) > 0) least = view.kernel->channels_per_copy / block_n;
+    if (view.kernel->scratch_bytes(view.bits, task) > 0) {  // equal calls, as many on every thread
+      const int64_t most = std::max<int64_t>(1, view.kernel->channels_per_copy / block_n);
+      const int64_t calls = (blocks_per_thread + most - 1) / most;
+      least = (blocks_per_thread + calls - 1) / calls;
+    }
   }
-  least = std::min(least, (blocks * row_chunks + threads - 1) / threads);
   const int64_t blocks_per_chunk = std::max<int64_t>({1, least, std::min(macs / macs_per_block, blocks_fit)});
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
   const int64_t chunks = row_chunks * block_chunks;
