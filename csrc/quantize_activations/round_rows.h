@@ -97,7 +97,7 @@ static Status round_rows(const QuantizeRowsArgs& args) {
   const int64_t padded = padded_row_bytes(args.k);
   const int64_t groups = args.k == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
   const bool blocks = args.mode == Activations::int8_block;
-  const EpilogueRow finish = args.epilogue.empty() ? nullptr : epilogue_row_of<F, true>(args.epilogue);
+  const EpilogueRow finish = args.epilogue.empty() ? nullptr : epilogue_row_of<F>(args.epilogue);
   for (int64_t m = 0; m < args.m; ++m) {
     const float* x = args.x + m * args.ldx;
     float max = 0.0f;
