@@ -12,6 +12,7 @@ template <class F, int kRows, int kVectors>
 static inline void add_offsets_tile(const BlockOffsetsArgs& args, int64_t row, int64_t begin, int64_t count) {
   constexpr int64_t kLanes = F::kLanes;
   const bool whole = count == kLanes;
+  const auto part = F::part(count);
   const float *sums = args.weight_sum + begin, *offset = args.offset + row * args.groups;
   float* y = args.y + row * args.ldy + begin;
   typename F::Vector sum[kRows][kVectors];
@@ -20,7 +21,7 @@ static inline void add_offsets_tile(const BlockOffsetsArgs& args, int64_t row, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const float* from = y + r * args.ldy + v * kLanes;
-      sum[r][v] = v < kVectors - 1 || whole ? F::load(from) : F::load_part(from, count);
+      sum[r][v] = v < kVectors - 1 || whole ? F::load(from) : F::load(from, part);
     }
   }
   for (int64_t g = 0; g < args.groups; ++g, sums += args.width) {
@@ -28,7 +29,7 @@ static inline void add_offsets_tile(const BlockOffsetsArgs& args, int64_t row, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const float* from = sums + v * kLanes;
-      weight[v] = v < kVectors - 1 || whole ? F::load(from) : F::load_part(from, count);
+      weight[v] = v < kVectors - 1 || whole ? F::load(from) : F::load(from, part);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -42,7 +43,7 @@ static inline void add_offsets_tile(const BlockOffsetsArgs& args, int64_t row, i
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       float* to = y + r * args.ldy + v * kLanes;
-      v < kVectors - 1 || whole ? F::store(to, sum[r][v]) : F::store_part(to, sum[r][v], count);
+      v < kVectors - 1 || whole ? F::store(to, sum[r][v]) : F::store(to, sum[r][v], part);
     }
   }
 }

@@ -62,7 +62,7 @@ static void to_floats(const WeightedSum& sum, bool relu, float* y) {
   for (; i + F::kLanes <= sum.count; i += F::kLanes) F::store(y + i, value(sum, i));
   if (i == sum.count) return;
   const SumTail<F> tail(sum, i);
-  F::store_part(y + i, value(tail.sum, 0), sum.count - i);
+  F::store(y + i, value(tail.sum, 0), F::part(sum.count - i));
 }
 
 template <class C>

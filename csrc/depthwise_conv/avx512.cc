@@ -3,22 +3,18 @@
 #include "depthwise_conv/depthwise_conv.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
+#include "runtime/floats_avx512.h"
 
 namespace bantamweight {
 namespace {
 
 constexpr int kPixels = 4;
 
-__mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-
 // `pixels` output pixels from ox on, taps kx_begin .. kx_end - 1, channels c .. c + 31.
 template <int pixels>
 void run_pixels(const DepthwiseRow& row, int64_t c, int64_t ox, int64_t kx_begin, int64_t kx_end) {
   const int64_t lanes = depthwise_lanes(row.channels), next = row.stride * row.step;
-  const __mmask16 low = first_lanes(row.channels - c), high = first_lanes(row.channels - c - 16);
+  const __mmask16 low = Floats::part(row.channels - c), high = Floats::part(row.channels - c - 16);
   __m512 low_sum[pixels], high_sum[pixels];
   const __m512 bias_low = row.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(low, row.bias + c);
   const __m512 bias_high = row.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(high, row.bias + c + 16);

@@ -51,9 +51,10 @@ static inline float epilogue_row(const float* x, const float* residual, int64_t 
     F::store(y + i, out);
     if constexpr (kMagnitude) largest[0] = F::larger_magnitude(largest[0], out);
   }
-  if (const int64_t left = n - i; left > 0) {
-    const auto out = finish(F::load_part(x + i, left), F::load_part(residual + i, left));
-    F::store_part(y + i, out, left);
+  if (i < n) {
+    const auto part = F::part(n - i);
+    const auto out = finish(F::load(x + i, part), F::load(residual + i, part));
+    F::store(y + i, out, part);
     if constexpr (kMagnitude) largest[1] = F::larger_magnitude(largest[1], out);
   }
   if constexpr (!kMagnitude) return 0.0f;

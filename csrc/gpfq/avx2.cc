@@ -9,18 +9,6 @@ namespace bantamweight {
 namespace {
 
 struct Lanes : Floats {
-  using Floats::load;
-  using Floats::store;
-  struct Part {
-    __m256i mask;
-    int64_t count;
-  };
-  static inline Part part(int64_t count) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm256_cmpgt_epi32(words(static_cast<uint32_t>(count)), lane), count};
-  }
-  static inline Vector load(const float* from, Part part) { return _mm256_maskload_ps(from, part.mask); }
-  static inline void store(float* to, Vector v, Part part) { _mm256_maskstore_ps(to, part.mask, v); }
   static inline void store_codes(uint8_t* to, Vector codes, Part part) {
     alignas(32) int32_t words[kLanes];
     _mm256_store_si256(reinterpret_cast<__m256i*>(words), _mm256_cvttps_epi32(codes));

@@ -9,12 +9,6 @@ namespace bantamweight {
 namespace {
 
 struct Lanes : Floats {
-  using Floats::load;
-  using Floats::store;
-  using Part = __mmask16;
-  static inline Part part(int64_t count) { return static_cast<Part>((1u << count) - 1); }
-  static inline Vector load(const float* from, Part part) { return _mm512_maskz_loadu_ps(part, from); }
-  static inline void store(float* to, Vector v, Part part) { _mm512_mask_storeu_ps(to, part, v); }
   static inline void store_codes(uint8_t* to, Vector codes, Part part) {
     _mm512_mask_cvtepi32_storeu_epi8(to, part, _mm512_cvttps_epi32(codes));
   }

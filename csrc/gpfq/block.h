@@ -7,8 +7,7 @@
 //   Vector with_sign_of(Vector magnitude, Vector sign)        magnitude >= 0
 //   Vector where_larger(Vector a, Vector b, Vector value)     value in lanes where a > b, 0 elsewhere
 //   Vector uniform(uint32_t key, int64_t column)              in [0, 1): the upper 24 bits of each column's draw
-//   Part part(int64_t count)                                  names the first `count` lanes, 0 .. kLanes
-//   Vector load(const float*, Part), void store(float*, Vector, Part), void store_codes(uint8_t*, Vector, Part)
+//   void store_codes(uint8_t* to, Vector codes, Part)
 // Everything is static: each file that includes it keeps a copy with its own flags.
 #pragma once
 
@@ -106,10 +105,7 @@ static void gpfq_run(const GpfqPanel<float>& p, int64_t problem, int64_t begin, 
   static_assert(kGpfqSlice % kWidth == 0, "a slice is whole runs");
   for (int64_t at = begin; at < end; at += kWidth) {
     GpfqRun<Lanes, kVectors> columns = {&p, problem, at, {}};
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t left = end - at - v * kLanes;
-      columns.part[v] = Lanes::part(left >= kLanes ? kLanes : left > 0 ? left : 0);
-    }
+    for (int v = 0; v < kVectors; ++v) columns.part[v] = Lanes::part(end - at - v * kLanes);
     gpfq_run_columns<Lanes, kRows, kVectors>(columns);
   }
 }

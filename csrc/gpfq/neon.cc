@@ -9,21 +9,6 @@ namespace bantamweight {
 namespace {
 
 struct Lanes : Floats {
-  using Floats::load;
-  using Floats::store;
-  struct Part {
-    int64_t count;
-  };
-  static inline Part part(int64_t count) { return {count}; }
-  static inline Vector load(const float* from, Part part) {
-    return part.count == kLanes ? load(from) : load_part(from, part.count);
-  }
-  static inline void store(float* to, Vector v, Part part) {
-    if (part.count == kLanes)
-      store(to, v);
-    else
-      store_part(to, v, part.count);
-  }
   static inline void store_codes(uint8_t* to, Vector codes, Part part) {
     uint32_t words[kLanes];
     vst1q_u32(words, vcvtq_u32_f32(codes));

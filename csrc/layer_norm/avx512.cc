@@ -7,23 +7,10 @@
 #include "layer_norm/layer_norm.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
+#include "runtime/floats_avx512.h"
 
 namespace bantamweight {
 namespace {
-
-// Halves of 16, 8, 4, 2 and 1 lanes.
-inline float fold(__m512 low, __m512 high) {
-  const __m512 s16 = _mm512_add_ps(low, high);
-  const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(s16), _mm512_extractf32x8_ps(s16, 1));
-  const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
-  const __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
-  return _mm_cvtss_f32(_mm_add_ss(s2, _mm_movehdup_ps(s2)));
-}
-
-inline __mmask16 valid_lanes(int64_t left) {
-  return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-}
 
 void run(const LayerNormArgs& args) {
   const int64_t n = args.n;
@@ -39,27 +26,27 @@ void run(const LayerNormArgs& args) {
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
         const int64_t at = i + 16 * j;
-        const __mmask16 valid = valid_lanes(n - at);
+        const __mmask16 valid = Floats::part(n - at);
         __m512 z = _mm512_maskz_loadu_ps(valid, x + at);
         if (residual != nullptr) z = _mm512_add_ps(z, _mm512_maskz_loadu_ps(valid, residual + at));
         if (residual != nullptr || x != y) _mm512_mask_storeu_ps(y + at, valid, z);
         sums[j] = _mm512_add_ps(sums[j], z);
       }
     }
-    const float mean = fold(sums[0], sums[1]) / size;
+    const float mean = Floats::sum(_mm512_add_ps(sums[0], sums[1])) / size;
     const __m512 means = _mm512_set1_ps(mean);
     for (int64_t i = 0; i < n; i += 32) {
 #pragma GCC unroll 2
       for (int j = 0; j < 2; ++j) {
-        const __mmask16 valid = valid_lanes(n - i - 16 * j);
+        const __mmask16 valid = Floats::part(n - i - 16 * j);
         const __m512 d = _mm512_maskz_sub_ps(valid, _mm512_maskz_loadu_ps(valid, y + i + 16 * j), means);
         squares[j] = _mm512_fmadd_ps(d, d, squares[j]);
       }
     }
-    const __m128 variance = _mm_set_ss(fold(squares[0], squares[1]) / size + args.norm.eps);
+    const __m128 variance = _mm_set_ss(Floats::sum(_mm512_add_ps(squares[0], squares[1])) / size + args.norm.eps);
     const __m512 inverse = _mm512_set1_ps(1.0f / _mm_cvtss_f32(_mm_sqrt_ss(variance)));
     for (int64_t i = 0; i < n; i += 16) {
-      const __mmask16 valid = valid_lanes(n - i);
+      const __mmask16 valid = Floats::part(n - i);
       const __m512 w = weight == nullptr ? _mm512_set1_ps(1.0f) : _mm512_maskz_loadu_ps(valid, weight + i);
       const __m512 b = bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid, bias + i);
       const __m512 d = _mm512_sub_ps(_mm512_maskz_loadu_ps(valid, y + i), means);

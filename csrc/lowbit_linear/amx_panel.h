@@ -79,8 +79,8 @@ Unit unit_at(const TileTask& task, int64_t block_bytes, int64_t channels, int64_
   unit.scale = task.scale + at;
   unit.zero_scale = task.zero_scale == nullptr ? nullptr : task.zero_scale + at;
   for (int j = 0; j < 2; ++j) {
-    const int64_t channel = unit.channel + 16 * j, left = channels - channel;
-    unit.valid[j] = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
+    const int64_t channel = unit.channel + 16 * j;
+    unit.valid[j] = Floats::part(channels - channel);
     unit.factor[j] = static_cast<float>(1 << nested_shift<kBits>(2 * unit.half + j));
     unit.bias[j] =
         task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(unit.valid[j], task.bias + channel);

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "lowbit_linear/lowbit_linear.h"
+#include "runtime/floats_avx512.h"
 
 namespace bantamweight {
 
@@ -15,10 +16,7 @@ static constexpr int nested_shift(int j) {
 }
 
 // Lanes 16 j .. 16 j + 15 of a block that are channels.
-static inline __mmask16 valid_lanes(const TileTask& task, int j) {
-  const int64_t left = task.block_n_valid - 16 * j;
-  return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-}
+static inline __mmask16 valid_lanes(const TileTask& task, int j) { return Floats::part(task.block_n_valid - 16 * j); }
 
 // Outputs of one row to codes (CodeOutputs). The lower bound is applied to the bytes.
 template <int kTiles>

@@ -5,8 +5,6 @@
 #include "quantize_activations/quantize_activations.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-
 #include "quantize_activations/round_rows.h"
 #include "runtime/floats_avx512.h"
 
@@ -32,7 +30,7 @@ struct Range {
       sum1 = _mm512_add_epi32(sum1, _mm512_add_epi32(c, d));
     }
     for (; i < end; i += 16) {
-      const __mmask16 valid = end - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (end - i)) - 1);
+      const __mmask16 valid = Floats::part(end - i);
       const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x + i), factor));
       _mm512_mask_cvtepi32_storeu_epi8(q + i, valid, a);
       sum0 = _mm512_add_epi32(sum0, a);
@@ -46,7 +44,7 @@ struct Range {
     const __m512 factor = _mm512_set1_ps(to_code), inverse = _mm512_set1_ps(kInverseHalf), half = _mm512_set1_ps(kHalf);
     __m512i sum_high = _mm512_setzero_si512(), sum_low = sum_high;
     for (int64_t i = begin; i < end; i += 16) {
-      const __mmask16 valid = end - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (end - i)) - 1);
+      const __mmask16 valid = Floats::part(end - i);
       const __m512 t = _mm512_mul_ps(_mm512_maskz_loadu_ps(valid, x + i), factor);
       const __m512i h = _mm512_cvtps_epi32(_mm512_mul_ps(t, inverse));
       const __m512i l = _mm512_cvtps_epi32(_mm512_sub_ps(t, _mm512_mul_ps(half, _mm512_cvtepi32_ps(h))));

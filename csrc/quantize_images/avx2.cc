@@ -3,7 +3,8 @@
 #include "quantize_images/quantize_images.h"
 
 #if defined(__AVX2__)
-#include <immintrin.h>
+#include "runtime/floats_avx2.h"
+#include "runtime/largest_magnitude.h"
 
 namespace bantamweight {
 namespace {
@@ -16,27 +17,10 @@ __m256i to_codes(const float* x, __m256 to_code) {
 int8_t to_code_of(float x, float to_code) { return static_cast<int8_t>(_mm_cvtss_si32(_mm_set_ss(x * to_code))); }
 
 uint32_t absmax_bits(const float* x, int64_t count) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  // Cleared of their signs, bit patterns order as signed integers.
-  __m256i max[4] = {};
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32) {
-    for (int j = 0; j < 4; ++j) {
-      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * j));
-      max[j] = _mm256_max_epi32(max[j], _mm256_and_si256(bits, magnitude));
-    }
-  }
-  max[0] = _mm256_max_epi32(_mm256_max_epi32(max[0], max[1]), _mm256_max_epi32(max[2], max[3]));
-  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(max[0]), _mm256_extracti128_si256(max[0], 1));
-  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  auto result = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1))));
-  for (; i < count; ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffffu;
-    result = bits > result ? bits : result;
-  }
-  return result;
+  const float largest = largest_magnitude<Floats>(x, count);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &largest, sizeof bits);
+  return bits;
 }
 
 void quantize_run(const float* x, int64_t count, float to_code, int8_t* q) {

@@ -4,7 +4,8 @@
 #include "quantize_images/quantize_images.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
+#include "runtime/floats_avx512.h"
+#include "runtime/largest_magnitude.h"
 
 namespace bantamweight {
 namespace {
@@ -13,24 +14,11 @@ constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 __m512i to_codes(__m512 x, __m512 to_code) { return _mm512_cvt_roundps_epi32(_mm512_mul_ps(x, to_code), kNearest); }
 
-__mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1); }
-
 uint32_t absmax_bits(const float* x, int64_t count) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  // Cleared of their signs, bit patterns order as signed integers.
-  __m512i max[4] = {};
-  int64_t i = 0;
-  for (; i + 64 <= count; i += 64) {
-    for (int j = 0; j < 4; ++j) {
-      max[j] = _mm512_max_epi32(max[j], _mm512_and_si512(_mm512_loadu_si512(x + i + 16 * j), magnitude));
-    }
-  }
-  for (; i < count; i += 16) {
-    const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(count - i), x + i);
-    max[0] = _mm512_max_epi32(max[0], _mm512_and_si512(bits, magnitude));
-  }
-  max[0] = _mm512_max_epi32(_mm512_max_epi32(max[0], max[1]), _mm512_max_epi32(max[2], max[3]));
-  return static_cast<uint32_t>(_mm512_reduce_max_epi32(max[0]));
+  const float largest = largest_magnitude<Floats>(x, count);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &largest, sizeof bits);
+  return bits;
 }
 
 void quantize_run(const float* x, int64_t count, float to_code, int8_t* q) {
@@ -45,7 +33,7 @@ void quantize_run(const float* x, int64_t count, float to_code, int8_t* q) {
     _mm512_storeu_si512(q + i, _mm512_permutexvar_epi32(order, packed));
   }
   for (; i < count; i += 16) {
-    const __mmask16 lanes = first_lanes(count - i);
+    const __mmask16 lanes = Floats::part(count - i);
     const __m512i codes = to_codes(_mm512_maskz_loadu_ps(lanes, x + i), factor);
     _mm_mask_storeu_epi8(q + i, lanes, _mm512_cvtepi32_epi8(codes));
   }
@@ -71,7 +59,7 @@ void store_lane(__m512i tile, int8_t* q, __mmask16 bytes) {
 
 // 16 pixels (or the first `width` of them) by 16 channels (or the first `depth`).
 void transpose_tile(const ImageRow& row, const float* x, int64_t depth, int64_t width, __m512 factor, int8_t* q) {
-  const __mmask16 pixels = first_lanes(width), bytes = first_lanes(depth);
+  const __mmask16 pixels = Floats::part(width), bytes = Floats::part(depth);
   __m512i d[4];
   for (int j = 0; j < 4; ++j) d[j] = four_channels(row, x + 4 * j * row.stride_c, depth - 4 * j, pixels, factor);
   const __m512i a = _mm512_unpacklo_epi32(d[0], d[1]), b = _mm512_unpackhi_epi32(d[0], d[1]);
@@ -96,7 +84,7 @@ void interleave_three(const ImageRow& row, __m512 factor) {
   const __m512i close_up = _mm512_setr_epi32(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 15, 15, 15, 15);
   for (int64_t w = 0; w < row.width; w += 16) {
     const int64_t width = row.width - w < 16 ? row.width - w : 16;
-    const __m512i pixels = four_channels(row, row.x + w, 3, first_lanes(width), factor);
+    const __m512i pixels = four_channels(row, row.x + w, 3, Floats::part(width), factor);
     const __m512i bytes = _mm512_permutexvar_epi32(close_up, _mm512_shuffle_epi8(pixels, drop_fourth));
     _mm512_mask_storeu_epi8(row.q + 3 * w, (__mmask64{1} << (3 * width)) - 1, bytes);
   }

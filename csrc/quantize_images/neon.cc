@@ -3,7 +3,8 @@
 #include "quantize_images/quantize_images.h"
 
 #if defined(__ARM_NEON) && defined(__aarch64__)
-#include <arm_neon.h>
+#include "runtime/floats_neon.h"
+#include "runtime/largest_magnitude.h"
 
 namespace bantamweight {
 namespace {
@@ -17,22 +18,10 @@ int16x8_t eight_codes(const float* x, float32x4_t to_code) {
 int8_t to_code_of(float x, float to_code) { return static_cast<int8_t>(vcvtns_s32_f32(x * to_code)); }
 
 uint32_t absmax_bits(const float* x, int64_t count) {
-  const uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu);
-  // Cleared of their signs, bit patterns order as integers.
-  uint32x4_t max0 = vdupq_n_u32(0), max1 = max0;
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    max0 = vmaxq_u32(max0, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), magnitude));
-    max1 = vmaxq_u32(max1, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i + 4)), magnitude));
-  }
-  uint32_t result = vmaxvq_u32(vmaxq_u32(max0, max1));
-  for (; i < count; ++i) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, x + i, sizeof bits);
-    bits &= 0x7fffffffu;
-    result = bits > result ? bits : result;
-  }
-  return result;
+  const float largest = largest_magnitude<Floats>(x, count);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &largest, sizeof bits);
+  return bits;
 }
 
 void quantize_run(const float* x, int64_t count, float to_code, int8_t* q) {

@@ -41,17 +41,25 @@ struct Floats {
     return _mm_cvtss_f32(_mm_castsi128_ps(bits));
   }
 
-  // The first `count` lanes, the others zero.
-  static inline Vector load_part(const float* from, int64_t count) {
-    float lanes[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-    return load(lanes);
+  // Lane i meets i + 4, then i + 2 and i + 1.
+  static inline float sum(Vector eight) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  static inline void store_part(float* to, Vector v, int64_t count) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+
+  // The first `count` lanes: none below 1, all from kLanes on. The others are read as zeros.
+  struct Part {
+    __m256i mask;
+    int64_t count;
+  };
+  static inline Part part(int64_t count) {
+    count = count >= kLanes ? kLanes : count <= 0 ? 0 : count;
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane), count};
   }
+  static inline Vector load(const float* from, Part part) { return _mm256_maskload_ps(from, part.mask); }
+  static inline void store(float* to, Vector v, Part part) { _mm256_maskstore_ps(to, part.mask, v); }
 };
 
 }  // namespace

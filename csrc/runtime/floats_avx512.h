@@ -40,13 +40,21 @@ struct Floats {
     return largest;
   }
 
-  // The first `count` lanes, the others zero.
-  static inline Vector load_part(const float* from, int64_t count) {
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+  // Lane i meets i + 8, then i + 4, i + 2 and i + 1.
+  static inline float sum(Vector sixteen) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sixteen), _mm512_extractf32x8_ps(sixteen, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  static inline void store_part(float* to, Vector v, int64_t count) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), v);
+
+  // The first `count` lanes: none below 1, all from kLanes on. The others are read as zeros.
+  using Part = __mmask16;
+  static inline Part part(int64_t count) {
+    return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<Part>((1u << count) - 1);
   }
+  static inline Vector load(const float* from, Part part) { return _mm512_maskz_loadu_ps(part, from); }
+  static inline void store(float* to, Vector v, Part part) { _mm512_mask_storeu_ps(to, part, v); }
 };
 
 }  // namespace

@@ -28,20 +28,41 @@ struct Floats {
   // min(|v|, end), and `end` for NaN.
   static inline Vector smaller_magnitude(Vector v, Vector end) { return smaller(absolute(v), end); }
   static inline Vector larger(Vector a, Vector b) { return vmaxnmq_f32(a, b); }
-  // |v| where it is above `largest`, which is not negative; NaN where either is.
-  static inline Vector larger_magnitude(Vector largest, Vector v) { return vmaxq_f32(largest, vabsq_f32(v)); }
-  static inline float largest_lane(Vector magnitudes) { return vmaxvq_f32(magnitudes); }
+  // |v| where it is above `largest`, which is not negative. The bits of magnitudes order as the floats do, with
+  // infinity and NaN above every number.
+  static inline Vector larger_magnitude(Vector largest, Vector v) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(vabsq_f32(v));
+    return vreinterpretq_f32_u32(vmaxq_u32(vreinterpretq_u32_f32(largest), bits));
+  }
+  static inline float largest_lane(Vector magnitudes) {
+    const uint32_t bits = vmaxvq_u32(vreinterpretq_u32_f32(magnitudes));
+    float largest;
+    __builtin_memcpy(&largest, &bits, sizeof largest);
+    return largest;
+  }
 
-  // The first `count` lanes, the others zero.
-  static inline Vector load_part(const float* from, int64_t count) {
+  // Lane i meets i + 2, then i + 1.
+  static inline float sum(Vector four) {
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
+
+  // The first `count` lanes: none below 1, all from kLanes on. The others are read as zeros.
+  struct Part {
+    int64_t count;
+  };
+  static inline Part part(int64_t count) { return {count >= kLanes ? kLanes : count <= 0 ? 0 : count}; }
+  static inline Vector load(const float* from, Part part) {
+    if (part.count == kLanes) return load(from);
     float lanes[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+    for (int64_t i = 0; i < part.count; ++i) lanes[i] = from[i];
     return load(lanes);
   }
-  static inline void store_part(float* to, Vector v, int64_t count) {
+  static inline void store(float* to, Vector v, Part part) {
+    if (part.count == kLanes) return store(to, v);
     float lanes[kLanes];
     store(lanes, v);
-    for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+    for (int64_t i = 0; i < part.count; ++i) to[i] = lanes[i];
   }
 };
 

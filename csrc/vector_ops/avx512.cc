@@ -9,12 +9,6 @@ namespace {
 
 struct Lanes : Floats {
   static inline void fetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
-  static inline float sum(Vector sixteen) {
-    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sixteen), _mm512_extractf32x8_ps(sixteen, 1));
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
 };
 
 void stream(const float* from, float* to, int64_t n) {
@@ -24,8 +18,8 @@ void stream(const float* from, float* to, int64_t n) {
     _mm_sfence();  // before another thread may read it
   }
   for (; i < n; i += 16) {
-    const int64_t left = n - i < 16 ? n - i : 16;
-    Lanes::store_part(to + i, Lanes::load_part(from + i, left), left);
+    const auto part = Lanes::part(n - i);
+    Lanes::store(to + i, Lanes::load(from + i, part), part);
   }
 }
 

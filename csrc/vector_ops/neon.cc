@@ -9,10 +9,6 @@ namespace {
 
 struct Lanes : Floats {
   static inline void fetch(const float*) {}  // these CPUs fetch plain streams by themselves
-  static inline float sum(Vector four) {
-    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
-    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
-  }
 };
 
 // Ordinary stores: these CPUs notice by themselves when whole lines are overwritten.

@@ -1,6 +1,5 @@
 // Dot products and combinations of rows over any vectors. `Lanes` is the Floats of runtime/floats_*.h and
 //   void fetch(const float*)   into the second level
-//   float sum(Vector)          lane i meets i + kLanes / 2, then i + kLanes / 4, ...
 // Everything is static: each file that includes it keeps a copy with its own flags.
 #pragma once
 
@@ -38,10 +37,10 @@ static void dots_of(const float* const* rows, int64_t at, const float* w, int64_
     }
   }
   for (int j = 0; i < n; i += kLanes, ++j) {  // the last, incomplete 32 elements, followed by zeros
-    const int64_t left = n - i < kLanes ? n - i : kLanes;
-    const Vector wj = Lanes::load_part(w + i, left);
+    const auto part = Lanes::part(n - i);
+    const Vector wj = Lanes::load(w + i, part);
     for (int r = 0; r < kRows; ++r)
-      lanes[r][j] = Lanes::multiply_add(Lanes::load_part(rows[r] + at + i, left), wj, lanes[r][j]);
+      lanes[r][j] = Lanes::multiply_add(Lanes::load(rows[r] + at + i, part), wj, lanes[r][j]);
   }
   for (int r = 0; r < kRows; ++r) {
     for (int half = kRegisters / 2; half > 0; half /= 2) {
@@ -79,10 +78,11 @@ static void combine_of(const float* x, float scale, const float* const* rows, co
     }
     Lanes::store(w + i, sum);
   }
-  if (const int64_t left = n - i; left > 0) {
-    Vector sum = Lanes::multiply(factor, Lanes::load_part(x + i, left));
-    for (int r = 0; r < kRows; ++r) sum = Lanes::subtract_product(sum, c[r], Lanes::load_part(rows[r] + at + i, left));
-    Lanes::store_part(w + i, sum, left);
+  if (i < n) {
+    const auto part = Lanes::part(n - i);
+    Vector sum = Lanes::multiply(factor, Lanes::load(x + i, part));
+    for (int r = 0; r < kRows; ++r) sum = Lanes::subtract_product(sum, c[r], Lanes::load(rows[r] + at + i, part));
+    Lanes::store(w + i, sum, part);
   }
 }
 
