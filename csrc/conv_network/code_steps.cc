@@ -21,15 +21,13 @@ void max_pool(const CodeStep& call, const Maps& out) {
   for_each_shared(call.images * to.height, call.images * in.image_bytes() > 2 * kBytesPerThread, [&](int64_t row) {
     constexpr int64_t kPixels = 16;
     const int8_t* pixels[kPixels];
-    const int64_t image = row / to.height, top = row % to.height * step.stride_h - step.pad_h;
-    const int64_t y_begin = std::max<int64_t>(0, top), y_end = std::min(in.height, top + step.kernel_h);
+    const int64_t image = row / to.height, oy = row % to.height;
     for (int64_t ox = 0; ox < to.width; ++ox) {
-      const int64_t left = ox * step.stride_w - step.pad_w;
-      const int64_t x_begin = std::max<int64_t>(0, left), x_end = std::min(in.width, left + step.kernel_w);
-      int8_t* most = out.codes + to.at(image, row % to.height, ox);
+      const Window window(step, in.height, in.width, oy, ox);
+      int8_t* most = out.codes + to.at(image, oy, ox);
       int64_t count = 0;
-      for (int64_t iy = y_begin; iy < y_end; ++iy) {
-        for (int64_t ix = x_begin; ix < x_end; ++ix) {
+      for (int64_t iy = window.y_begin; iy < window.y_end; ++iy) {
+        for (int64_t ix = window.x_begin; ix < window.x_end; ++ix) {
           if (count == kPixels) {
             largest(pixels, count, in.channels, most);
             pixels[0] = most;

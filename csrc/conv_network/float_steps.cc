@@ -8,19 +8,17 @@
 namespace bantamweight {
 namespace {
 
-// y = the largest of each window; the padding holds nothing.
+// y = the largest of each window.
 void max_pool(const NetworkStep& step, const ImageSize& in, const ImageSize& out, const float* x, float* y) {
   const int64_t channels = in.channels;
   for_each_shared(out.height, in.floats() > (1 << 17), [&](int64_t oy) {
-    const int64_t top = oy * step.stride_h - step.pad_h;
-    const int64_t y_begin = std::max<int64_t>(0, top), y_end = std::min(in.height, top + step.kernel_h);
     for (int64_t ox = 0; ox < out.width; ++ox) {
-      const int64_t left = ox * step.stride_w - step.pad_w;
-      const int64_t x_begin = std::max<int64_t>(0, left), x_end = std::min(in.width, left + step.kernel_w);
+      const Window window(step, in.height, in.width, oy, ox);
+      const float* first = x + (window.y_begin * in.width + window.x_begin) * channels;
       float* to = y + (oy * out.width + ox) * channels;
-      std::memcpy(to, x + (y_begin * in.width + x_begin) * channels, static_cast<size_t>(channels) * sizeof(float));
-      for (int64_t iy = y_begin; iy < y_end; ++iy) {
-        for (int64_t ix = x_begin; ix < x_end; ++ix) {
+      std::memcpy(to, first, static_cast<size_t>(channels) * sizeof(float));
+      for (int64_t iy = window.y_begin; iy < window.y_end; ++iy) {
+        for (int64_t ix = window.x_begin; ix < window.x_end; ++ix) {
           const float* from = x + (iy * in.width + ix) * channels;
           for (int64_t c = 0; c < channels; ++c) to[c] = from[c] > to[c] ? from[c] : to[c];
         }

@@ -1,6 +1,7 @@
 // The steps of a network that are no convolution, on the maps of some images.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "conv_network/conv_network.h"
@@ -42,6 +43,19 @@ struct CodeStep {
 int64_t code_step_bytes(const NetworkStep& step, const CodeMap& out, int64_t images);
 
 void run_code_step(const CodeStep& call);
+
+// The pixels of a map of height x width under a window of a pooling; the padding holds nothing.
+struct Window {
+  int64_t y_begin, y_end, x_begin, x_end;
+
+  Window(const NetworkStep& step, int64_t height, int64_t width, int64_t oy, int64_t ox) {
+    const int64_t top = oy * step.stride_h - step.pad_h, left = ox * step.stride_w - step.pad_w;
+    y_begin = std::max<int64_t>(0, top);
+    y_end = std::min(height, top + step.kernel_h);
+    x_begin = std::max<int64_t>(0, left);
+    x_end = std::min(width, left + step.kernel_w);
+  }
+};
 
 // The pixels around each image.
 void fill_border(const Maps& maps, int64_t images);
