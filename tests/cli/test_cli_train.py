@@ -17,6 +17,15 @@ def make_model():
 
 def other():
     return nn.Linear(5, 3)
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(36, 36), nn.Linear(36, 36), nn.Linear(36, 3)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x.flatten(1)).relu()).relu())
 """
 
 
@@ -78,6 +87,23 @@ def test_a_stopped_run_goes_on(files, capsys, monkeypatch):
     assert trained == [0, 1, 1, 2]
     assert main(arguments(files, "--seeds=3", "--optimizer", "sgd", "--resume", "--lr=0.05")) == 0
     assert trained == [0, 1, 1, 2, 0, 1, 2]  # another setting is another run
+
+
+def test_runs_on_other_data_or_of_another_network_are_not_resumed(files, monkeypatch):
+    trained = []
+    real = train_command.train
+    monkeypatch.setattr(train_command, "train", lambda *a: trained.append(1) or real(*a))
+    for expected in (1, 1):
+        assert main(arguments(files, "--optimizer=sgd", "--resume")) == 0
+        assert len(trained) == expected
+    with np.load(files / "train.npz") as file:
+        np.savez(files / "train.npz", x=file["x"], y=file["y"][::-1])
+    assert main(arguments(files, "--optimizer=sgd", "--resume")) == 0
+    assert len(trained) == 2
+    assert main(arguments(files, "--optimizer=sgd", "--resume", function="Tied")) == 0
+    assert len(trained) == 3
+    kept = load_file(files / "out/runs/sgd-seed0.safetensors")
+    assert torch.equal(kept["first.weight"], kept["second.weight"])
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ read and check the data -> for every optimizer and seed: train, quantize, test, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,6 +45,19 @@ class Job:
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the data and of the network's first weights: the runs of other ones are not resumed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            weights = self.make_model().state_dict()
+        digest = hashlib.sha256()
+        data = {"x_train": self.x_train, "y_train": self.y_train, "x_test": self.x_test, "y_test": self.y_test}
+        for name, tensor in (data | weights).items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
 
 def run(args: argparse.Namespace) -> None:
@@ -168,15 +183,17 @@ def _config(optimizer: str, seed: int, args: argparse.Namespace) -> TrainConfig:
 
 
 def _finished(job: Job, config: TrainConfig, folder: Path, resume: bool) -> training.Run:
-    """The run as it was kept, if it is the same one; else trained now, tested and kept."""
+    """The run as it was kept, if it is the same one on the same data; else trained now, tested and kept."""
     name = f"{config.optimizer}-seed{config.seed}"
     record, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
-    if resume and (kept := _kept(record, weights)) is not None and kept.config == config:
+    kept = _kept(record, weights) if resume else None
+    if kept is not None and (kept.config, kept.job) == (config, job.digest):
         return kept
     torch.manual_seed(config.seed)
     model = job.make_model()
     result = train(model, job.x_train, job.y_train, config)
     done = training.Run(
+        job=job.digest,
         config=config,
         robustness=robustness(model, job.x_train, job.y_train, job.x_test, job.y_test),
         final_loss=result.losses[-1],
@@ -184,7 +201,8 @@ def _finished(job: Job, config: TrainConfig, folder: Path, resume: bool) -> trai
         file=weights.name,
     )
     partial = folder / f".partial-{name}"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
+    separate = {k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    save_file(separate, partial)  # safetensors refuses tied weights that share memory
     os.replace(partial, weights)
     partial.write_text(json.dumps(done.to_json(), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, record)

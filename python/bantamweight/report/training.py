@@ -18,8 +18,9 @@ from .results import Machine
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run, tested."""
+    """One training run, tested. job: of what network and data (a digest), so that a resumed run knows its own."""
 
+    job: str
     config: TrainConfig
     robustness: Robustness
     final_loss: float
