@@ -1,20 +1,22 @@
 """What HERO, SAM, ASAM and SGD leave after quantization and label noise: digits, Fashion-MNIST and CIFAR-10.
 
-Every optimizer's own hyper-parameters (SGD's lr, rho, h and lam) are chosen on a validation split carved from the
-training data, by the mean over the selection seeds: of W3 per-tensor accuracy without label noise, of float accuracy
-on the (just as noisy) validation labels with it. Then each is trained on all training data with other seeds, and
-tested once. A finished run is a line of DIR/runs.jsonl and is not run again, so a killed benchmark goes on.
+Every optimizer's own hyper-parameters (SGD's lr, rho, h and lam) are chosen on validation data, by the mean over the
+selection seeds: of W3 per-tensor accuracy without label noise, of float accuracy on the (just as noisy) validation
+labels with it. Then each is trained on all training data with other seeds, and tested once. A finished run is a line
+of DIR/runs.jsonl and is not run again, so a killed benchmark goes on.
 
     python bench/bench_hero.py --results DIR [--tasks digits digits-shuffled fashion cifar10] [--finished-only]
 
 Prints a table a task and draws DIR/TASK.png, accuracy against bits.
 
 Fashion-MNIST and CIFAR-10 are read from the folder in BANTAMWEIGHT_DATA (fashion_mnist.npz; cifar10.npz,
-cifar10_resnet20.safetensors and models.py), subsets on schedules that fit two CPU cores. On CIFAR-10 every optimizer
-goes on from the same trained ResNet-20.
+cifar10_test_jpeg.npz, cifar10_resnet20.safetensors and models.py), subsets on schedules that fit two CPU cores. On
+CIFAR-10 every optimizer goes on from the same trained ResNet-20. It knows all training images, so that nothing can be
+chosen on some of them: the choice is made on test images that are not among the ones tested on, kept as JPEG.
 """
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -22,7 +24,8 @@ import platform
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -50,9 +53,9 @@ class Task:
     make_model: Callable[[], nn.Module]
     base: TrainConfig
     noises: tuple[float, ...]
-    validation: int
     candidates: dict[str, list[dict[str, Any]]]
-    select_at: dict[float, float] = field(default_factory=dict)  # noise -> noise its candidates are chosen at
+    held_out: int = 0  # images of the training data to choose the candidates on,
+    load_validation: Callable[[], tuple[Tensor, Tensor]] | None = None  # or others
     selection_seeds: tuple[int, ...] = SELECTION_SEEDS
     final_seeds: tuple[int, ...] = FINAL_SEEDS
     curvature_images: int = 1000  # of the training data, for lambda_max
@@ -76,25 +79,53 @@ def shuffled_digits() -> Data:
     return x[train], y[train], x[test], y[test]
 
 
-def fashion() -> Data:
-    """The first 4,000 training images and the first 5,000 test images, standardised."""
+@cache
+def fashion_arrays() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All 60,000 training and 10,000 test images, standardised by the first 2,000, which are trained on."""
     with np.load(data_folder() / "fashion_mnist.npz") as file:
-        x_train, x_test = (
-            torch.from_numpy(file[k][:n]).float()[:, None] for k, n in (("x_train", 4000), ("x_test", 5000))
-        )
-        y_train, y_test = (torch.from_numpy(file[k][:n]).long() for k, n in (("y_train", 4000), ("y_test", 5000)))
-    return (x_train - x_train.mean()) / x_train.std(), y_train, (x_test - x_train.mean()) / x_train.std(), y_test
+        x_train, x_test = (torch.from_numpy(file[k]).float()[:, None] for k in ("x_train", "x_test"))
+        y_train, y_test = (torch.from_numpy(file[k]).long() for k in ("y_train", "y_test"))
+    mean, std = x_train[:2000].mean(), x_train[:2000].std()
+    return (x_train - mean) / std, y_train, (x_test - mean) / std, y_test
+
+
+def fashion() -> Data:
+    """The first 2,000 training images and all test images."""
+    x_train, y_train, x_test, y_test = fashion_arrays()
+    return x_train[:2000], y_train[:2000], x_test, y_test
+
+
+def fashion_validation() -> tuple[Tensor, Tensor]:
+    """The last 20,000 training images: as many as noisy labels need to tell candidates apart."""
+    x, y, *_ = fashion_arrays()
+    return x[-20000:], y[-20000:]
 
 
 def cifar10() -> Data:
-    """The first 4,000 training images and the 1,000 lossless test images, standardised as the network expects."""
+    """The first 12,000 training images and the 1,000 lossless test images, as the network expects them."""
     with np.load(data_folder() / "cifar10.npz") as file:
-        parts = [(file[f"x_{k}"][:n], file[f"y_{k}"][:n]) for k, n in (("train", 4000), ("test", 1000))]
+        parts = [(file[f"x_{k}"][:n], file[f"y_{k}"][:n]) for k, n in (("train", 12000), ("test", 1000))]
+    (x_train, y_train), (x_test, y_test) = ((cifar_images(x), torch.from_numpy(y).long()) for x, y in parts)
+    return x_train, y_train, x_test, y_test
+
+
+@cache
+def cifar10_validation() -> tuple[Tensor, Tensor]:
+    """1,000 test images, every ninth of the JPEG files (all classes) that are not among the lossless ones."""
+    from PIL import Image
+
+    with np.load(data_folder() / "cifar10_test_jpeg.npz") as file:
+        others = np.setdiff1d(np.arange(len(file["y"])), file["lossless_row_to_jpeg"])[::9]
+        stream, offsets, labels = file["jpg"], file["off"], file["y"]
+    pictures = [Image.open(io.BytesIO(stream[offsets[k] : offsets[k + 1]].tobytes())).convert("RGB") for k in others]
+    return cifar_images(np.stack([np.asarray(p) for p in pictures])), torch.from_numpy(labels[others]).long()
+
+
+def cifar_images(x: np.ndarray) -> Tensor:
+    """uint8 [n, 32, 32, 3] standardised as the network expects, channels last."""
     network = cifar_models().CifarResNet
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (network.MEAN, network.STD))
-    x_train, x_test = ((torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - mean) / std for x, _ in parts)
-    y_train, y_test = (torch.from_numpy(y).long() for _, y in parts)
-    return x_train, y_train, x_test, y_test
+    return (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def trained_resnet20() -> nn.Module:
@@ -115,15 +146,15 @@ def data_folder() -> Path:
     return Path(os.environ["BANTAMWEIGHT_DATA"])
 
 
-def three_convolutions(first_stride: int, width: int = 16) -> nn.Module:
-    """Three convolutions with BatchNorm, then the mean over pixels: 24 thousand parameters (width 8: 6 thousand)."""
+def three_convolutions(first_stride: int) -> nn.Module:
+    """Three convolutions with BatchNorm, then the mean over pixels: 24 thousand parameters."""
 
     def block(channels_in: int, channels: int, stride: int) -> list[nn.Module]:
         convolution = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         return [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
 
-    layers = [*block(1, width, first_stride), *block(width, 2 * width, 2), *block(2 * width, 4 * width, 2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
+    layers = [*block(1, 16, first_stride), *block(16, 32, 2), *block(32, 64, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 DIGITS = Task(
@@ -131,7 +162,7 @@ DIGITS = Task(
     make_model=lambda: three_convolutions(1),
     base=TrainConfig(epochs=40, batch_size=50, lr=0.1),
     noises=(0.0, 0.4),
-    validation=200,
+    held_out=200,
     candidates={
         "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
         "sam": [{"h": h} for h in (0.1, 0.2, 0.5, 1.0)],
@@ -147,30 +178,31 @@ TASKS = {
     "digits-shuffled": replace(DIGITS, load=shuffled_digits),
     "fashion": Task(
         load=fashion,
-        make_model=lambda: three_convolutions(2, width=8),
-        base=TrainConfig(epochs=12, batch_size=100, lr=0.1, mode="fd"),
-        noises=(0.0, 0.6, 0.2, 0.4, 0.8),
-        validation=1000,
+        load_validation=fashion_validation,
+        make_model=lambda: three_convolutions(2),
+        base=TrainConfig(epochs=30, batch_size=100, lr=0.1, mode="fd"),
+        noises=(0.0, 0.2, 0.4, 0.6, 0.8),
         candidates={
-            "sgd": [{"lr": lr} for lr in (0.03, 0.1)],
-            "sam": [{"h": h} for h in (0.05, 0.1, 0.2, 0.5)],
-            "asam": [{"h": h} for h in (0.25, 0.5, 1.0, 2.0)],
-            "hero": [{"h": h, "lam": lam} for h, lam in ((0.25, 5.0), (0.5, 5.0), (1.0, 50.0), (2.0, 500.0))],
+            "sgd": [{"lr": lr} for lr in (0.03, 0.1, 0.2)],
+            "sam": [{"h": h} for h in (0.05, 0.1, 0.2, 0.5, 1.0)],
+            "asam": [{"h": h} for h in (0.25, 0.5, 1.0, 2.0, 4.0)],
+            "hero": [
+                {"h": h, "lam": lam} for h, lam in ((0.25, 5.0), (0.5, 5.0), (1.0, 50.0), (2.0, 50.0), (2.0, 500.0))
+            ],
         },
-        select_at={0.0: 0.4, 0.2: 0.4, 0.6: 0.4, 0.8: 0.4},
         selection_seeds=SELECTION_SEEDS[:1],
     ),
     "cifar10": Task(
         load=cifar10,
+        load_validation=cifar10_validation,
         make_model=trained_resnet20,
-        base=TrainConfig(epochs=2, batch_size=64, lr=0.02, mode="fd", augment=True),
+        base=TrainConfig(epochs=1, batch_size=64, mode="fd", augment=True),
         noises=(0.0,),
-        validation=1000,
         candidates={
-            "sgd": [{"lr": lr} for lr in (0.005, 0.01, 0.02)],
-            "sam": [{"h": h} for h in (0.1, 0.2, 0.3)],
-            "asam": [{"h": h} for h in (0.25, 0.5, 1.0)],
-            "hero": [{"h": h, "lam": lam} for h, lam in ((0.25, 5.0), (0.25, 50.0), (0.5, 5.0), (0.5, 50.0))],
+            "sgd": [{"lr": lr} for lr in (0.0025, 0.005, 0.01, 0.02)],
+            "sam": [{"lr": lr, "h": h} for lr in (0.005, 0.02) for h in (0.1, 0.3)],
+            "asam": [{"lr": lr, "h": h} for lr in (0.005, 0.02) for h in (0.5, 1.0)],
+            "hero": [{"lr": lr, "h": 0.5, "lam": lam} for lr in (0.005, 0.02) for lam in (5.0, 50.0)],
         },
         selection_seeds=SELECTION_SEEDS[:1],
         curvature_images=256,
@@ -203,7 +235,8 @@ class Runs:
             self.done[key] = {"key": key, "stage": stage, "task": task, "config": asdict(config), **measure()}
             with self.path.open("a") as file:
                 file.write(json.dumps(self.done[key]) + "\n")
-            print(stage, task, config.optimizer, config.label_noise, config.h, config.lam, config.seed, flush=True)
+            how = (config.optimizer, config.label_noise, config.lr, config.h, config.lam, config.seed)
+            print(stage, task, *how, flush=True)
         return self.done[key]
 
 
@@ -219,18 +252,23 @@ def quantized(model: nn.Module, method: GPFQ | RoundToNearest, x: Tensor, fold: 
 
 def per_tensor(model: nn.Module, bits: int, x: Tensor) -> nn.Module:
     """Rounded to nearest with one symmetric step a layer that reaches its largest weight, BatchNorm in float."""
-    return quantized(model, RoundToNearest(bits=bits, granularity="layer", alphabet="symmetric"), x[:64], False)
+    return quantized(model, RoundToNearest(bits=bits, granularity="layer", alphabet="symmetric"), x[:8], False)
 
 
 def validate(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
     x, y = data[:2]
     generator = torch.Generator().manual_seed(config.seed)
     y = loop.add_label_noise(y, config.label_noise, generator)
-    order = torch.randperm(len(x), generator=generator)
-    held, kept = order[: task.validation], order[task.validation :]
-    model, _ = fit(task, x[kept], y[kept], replace(config, label_noise=0.0))
-    right = loop.accuracy(model, x[held], y[held])
-    return {"float": right, "w3": loop.accuracy(per_tensor(model, 3, x[kept]), x[held], y[held])}
+    if task.load_validation is not None:
+        x_held, y_held = task.load_validation()
+        y_held = loop.add_label_noise(y_held, config.label_noise, generator)
+    else:
+        order = torch.randperm(len(x), generator=generator)
+        held, kept = order[: task.held_out], order[task.held_out :]
+        x_held, y_held, x, y = x[held], y[held], x[kept], y[kept]
+    model, _ = fit(task, x, y, replace(config, label_noise=0.0))
+    right = loop.accuracy(model, x_held, y_held)
+    return {"float": right, "w3": loop.accuracy(per_tensor(model, 3, x), x_held, y_held)}
 
 
 def test(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
@@ -240,7 +278,7 @@ def test(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
     for bits in BITS:
         forms = {
             f"tensor{bits}": per_tensor(model, bits, x),
-            f"channel{bits}": quantized(model, RoundToNearest(bits=bits), x[:64], True),
+            f"channel{bits}": quantized(model, RoundToNearest(bits=bits), x[:8], True),
             f"gpfq{bits}": quantized(model, GPFQ(bits=bits), x[:512], True),
         }
         result |= {name: loop.accuracy(form, x_test, y_test) for name, form in forms.items()}
@@ -256,12 +294,11 @@ def choose(runs: Runs, name: str, data: Data, noise: float, optimizer: str) -> d
     candidates = task.candidates[optimizer]
     if len(candidates) == 1:
         return candidates[0]
-    at = task.select_at.get(noise, noise)
-    metric = "float" if at else "w3"
+    metric = "float" if noise else "w3"
 
     def score(candidate: dict[str, Any]) -> float:
         configs = [
-            replace(task.base, optimizer=optimizer, label_noise=at, seed=seed, **candidate)
+            replace(task.base, optimizer=optimizer, label_noise=noise, seed=seed, **candidate)
             for seed in task.selection_seeds
         ]
         return mean(runs.get("select", name, c, lambda c=c: validate(task, data, c))[metric] for c in configs)
