@@ -56,7 +56,7 @@ class Job:
         data = {"x_train": self.x_train, "y_train": self.y_train, "x_test": self.x_test, "y_test": self.y_test}
         for name, tensor in (data | weights).items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
