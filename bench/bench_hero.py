@@ -1,9 +1,9 @@
 """What HERO, SAM, ASAM and SGD leave after quantization and label noise: digits, Fashion-MNIST and CIFAR-10.
 
 Every optimizer's own hyper-parameters (SGD's lr, rho, h and lam) are chosen on validation data, by the mean over the
-selection seeds: of W3 per-tensor accuracy without label noise, of float accuracy on the (just as noisy) validation
-labels with it. Then each is trained on all training data with other seeds, and tested once. A finished run is a line
-of DIR/runs.jsonl and is not run again, so a killed benchmark goes on.
+selection seeds: of per-tensor accuracy at 3 bits (CIFAR-10: 4, as 3 leave next to nothing) without label noise, of
+float accuracy on the (just as noisy) validation labels with it. Then each is trained on all training data with other
+seeds, and tested once. A finished run is a line of DIR/runs.jsonl and is not run again, so a killed benchmark goes on.
 
     python bench/bench_hero.py --results DIR [--tasks digits digits-shuffled fashion cifar10] [--finished-only]
 
@@ -24,7 +24,7 @@ import platform
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,10 +54,13 @@ class Task:
     base: TrainConfig
     noises: tuple[float, ...]
     candidates: dict[str, list[dict[str, Any]]]
+    select_at: dict[float, float] = field(default_factory=dict)  # noise -> the noise its candidate is chosen at
     held_out: int = 0  # images of the training data to choose the candidates on,
     load_validation: Callable[[], tuple[Tensor, Tensor]] | None = None  # or others
+    selection_bits: int = 3  # the per-tensor accuracy that decides where no labels are wrong
     selection_seeds: tuple[int, ...] = SELECTION_SEEDS
     final_seeds: tuple[int, ...] = FINAL_SEEDS
+    calibration_images: int = 512  # of the training data, for GPFQ
     curvature_images: int = 1000  # of the training data, for lambda_max
     curvature_tol: float = 1e-2
 
@@ -90,9 +93,9 @@ def fashion_arrays() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def fashion() -> Data:
-    """The first 2,000 training images and all test images."""
+    """The first 2,000 training and 5,000 test images."""
     x_train, y_train, x_test, y_test = fashion_arrays()
-    return x_train[:2000], y_train[:2000], x_test, y_test
+    return x_train[:2000], y_train[:2000], x_test[:5000], y_test[:5000]
 
 
 def fashion_validation() -> tuple[Tensor, Tensor]:
@@ -102,9 +105,9 @@ def fashion_validation() -> tuple[Tensor, Tensor]:
 
 
 def cifar10() -> Data:
-    """The first 12,000 training images and the 1,000 lossless test images, as the network expects them."""
+    """The first 8,000 training images and the 1,000 lossless test images, as the network expects them."""
     with np.load(data_folder() / "cifar10.npz") as file:
-        parts = [(file[f"x_{k}"][:n], file[f"y_{k}"][:n]) for k, n in (("train", 12000), ("test", 1000))]
+        parts = [(file[f"x_{k}"][:n], file[f"y_{k}"][:n]) for k, n in (("train", 8000), ("test", 1000))]
     (x_train, y_train), (x_test, y_test) = ((cifar_images(x), torch.from_numpy(y).long()) for x, y in parts)
     return x_train, y_train, x_test, y_test
 
@@ -157,6 +160,12 @@ def three_convolutions(first_stride: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+def channels_last_convolutions() -> nn.Module:
+    """The same with a first stride of 2; the layout saves 15 % of a step here."""
+    model: Any = three_convolutions(2)
+    return model.to(memory_format=torch.channels_last)
+
+
 DIGITS = Task(
     load=digits,
     make_model=lambda: three_convolutions(1),
@@ -179,9 +188,10 @@ TASKS = {
     "fashion": Task(
         load=fashion,
         load_validation=fashion_validation,
-        make_model=lambda: three_convolutions(2),
+        make_model=channels_last_convolutions,
         base=TrainConfig(epochs=30, batch_size=100, lr=0.1, mode="fd"),
         noises=(0.0, 0.2, 0.4, 0.6, 0.8),
+        select_at={0.6: 0.4, 0.8: 0.4},
         candidates={
             "sgd": [{"lr": lr} for lr in (0.03, 0.1, 0.2)],
             "sam": [{"h": h} for h in (0.05, 0.1, 0.2, 0.5, 1.0)],
@@ -196,16 +206,18 @@ TASKS = {
         load=cifar10,
         load_validation=cifar10_validation,
         make_model=trained_resnet20,
-        base=TrainConfig(epochs=1, batch_size=64, mode="fd", augment=True),
+        base=TrainConfig(epochs=1, batch_size=64, lr=0.005, mode="fd", augment=True),
         noises=(0.0,),
         candidates={
-            "sgd": [{"lr": lr} for lr in (0.0025, 0.005, 0.01, 0.02)],
-            "sam": [{"lr": lr, "h": h} for lr in (0.005, 0.02) for h in (0.1, 0.3)],
-            "asam": [{"lr": lr, "h": h} for lr in (0.005, 0.02) for h in (0.5, 1.0)],
-            "hero": [{"lr": lr, "h": 0.5, "lam": lam} for lr in (0.005, 0.02) for lam in (5.0, 50.0)],
+            "sgd": [{"lr": lr} for lr in (0.0025, 0.005, 0.01)],
+            "sam": [{"h": h} for h in (0.1, 0.3)],
+            "asam": [{"h": h} for h in (0.5, 1.0)],
+            "hero": [{"h": 0.5, "lam": lam} for lam in (5.0, 50.0)],
         },
+        selection_bits=4,
         selection_seeds=SELECTION_SEEDS[:1],
-        curvature_images=256,
+        calibration_images=128,
+        curvature_images=128,
         curvature_tol=0.05,
     ),
 }
@@ -268,7 +280,8 @@ def validate(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
         x_held, y_held, x, y = x[held], y[held], x[kept], y[kept]
     model, _ = fit(task, x, y, replace(config, label_noise=0.0))
     right = loop.accuracy(model, x_held, y_held)
-    return {"float": right, "w3": loop.accuracy(per_tensor(model, 3, x), x_held, y_held)}
+    small = per_tensor(model, task.selection_bits, x)
+    return {"float": right, f"w{task.selection_bits}": loop.accuracy(small, x_held, y_held)}
 
 
 def test(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
@@ -279,7 +292,7 @@ def test(task: Task, data: Data, config: TrainConfig) -> dict[str, Any]:
         forms = {
             f"tensor{bits}": per_tensor(model, bits, x),
             f"channel{bits}": quantized(model, RoundToNearest(bits=bits), x[:8], True),
-            f"gpfq{bits}": quantized(model, GPFQ(bits=bits), x[:512], True),
+            f"gpfq{bits}": quantized(model, GPFQ(bits=bits), x[: task.calibration_images], True),
         }
         result |= {name: loop.accuracy(form, x_test, y_test) for name, form in forms.items()}
     # Of the mean loss over clean training images, as the deployed network computes it (evaluation mode).
@@ -294,11 +307,12 @@ def choose(runs: Runs, name: str, data: Data, noise: float, optimizer: str) -> d
     candidates = task.candidates[optimizer]
     if len(candidates) == 1:
         return candidates[0]
-    metric = "float" if noise else "w3"
+    at = task.select_at.get(noise, noise)
+    metric = "float" if at else f"w{task.selection_bits}"
 
     def score(candidate: dict[str, Any]) -> float:
         configs = [
-            replace(task.base, optimizer=optimizer, label_noise=noise, seed=seed, **candidate)
+            replace(task.base, optimizer=optimizer, label_noise=at, seed=seed, **candidate)
             for seed in task.selection_seeds
         ]
         return mean(runs.get("select", name, c, lambda c=c: validate(task, data, c))[metric] for c in configs)
