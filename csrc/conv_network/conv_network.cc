@@ -393,6 +393,9 @@ Status ConvNetwork::prepared_for(const ImageSize& input, std::shared_ptr<const P
                                 : conv_plan(step.layout, step.layout_bytes, prepared->size[from].height,
                                             prepared->size[from].width, plan);
     prepared->isa = plan->layout.isa;
+    if (codes && i + 1 < steps_.size() && status == Status::ok) {
+      status = conv_keep_weight(biases_[i].data(), plan);
+    }
   }
   if (status != Status::ok) return status;
   prepared->cut(steps_);

@@ -7,6 +7,7 @@
 
 #include "lowbit_conv/conv_layout.h"
 #include "lowbit_conv/lowbit_conv.h"
+#include "resident_conv/resident_conv.h"
 #include "runtime/status.h"
 
 namespace bantamweight {
@@ -33,6 +34,14 @@ struct SumEntry {
   int64_t group;
 };
 
+// A weight as resident_conv.h has it. Movable; the view points into it.
+struct KeptWeight {
+  std::vector<uint8_t> memory;
+  std::vector<int64_t> offsets;
+  ResidentWeight view;
+  const ResidentConvKernel* kernel = nullptr;  // null where none is kept
+};
+
 // What is the same for every call on images of one size. Movable; the views point into it.
 struct ConvPlan {
   ConvLayout layout;
@@ -47,6 +56,7 @@ struct ConvPlan {
   bool wants_sums = false;        // some zero is not 0
   int64_t slice_size = 0;         // channels a slice sum; 0 where no slice sums are wanted
   std::vector<SumEntry> entries;  // group-major; the same for every channel group but for a shift
+  KeptWeight kept;                // outputs are codes
 
   ConvPlan() = default;
   ConvPlan(const ConvPlan&) = delete;
@@ -69,6 +79,10 @@ Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64
 
 // The same for inputs that are such maps already; the border must be as wide as the padding.
 Status conv_plan_codes(const void* layout, int64_t layout_bytes, const CodeMap& input, ConvPlan* plan);
+
+// For outputs as codes, before anything is prepared: keeps the weight unpacked in the plan, and the bias
+// [out_channels] beside it, where they are small and the variant has a kernel for that.
+Status conv_keep_weight(const float* bias, ConvPlan* plan);
 
 // Some images as the kernels read them.
 struct ConvActivations {
@@ -111,6 +125,9 @@ struct ConvEpilogue {
   int8_t* codes = nullptr;
   float factor = 1.0f, shift = 0.0f;
 };
+
+// To codes, by the weight and the bias that the plan keeps.
+void conv_multiply_kept(const ConvPlan& plan, const ConvActivations& activations, const ConvEpilogue& epilogue);
 
 // y [images, out_h, out_w, out_channels], null for codes.
 Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,

@@ -21,13 +21,15 @@ constexpr int64_t kTileRows = 16, kTileBytes = 1024;
 #define TILE_MULTIPLY_SIGNED(sum, activations, codes) \
   __asm__ volatile("tdpbssd %%tmm" #codes ", %%tmm" #activations ", %%tmm" #sum::: "memory")
 
-// Tiles 0 .. 3 hold the sums and 4 the activations of `rows` rows; 5 .. 7 hold codes.
-static inline void configure(int64_t rows) {
+// Tiles 0 .. 3 hold the sums of `rows` rows, the next ones up to first_codes their activations, k bytes
+// each, and the others codes for as many k.
+static inline void configure(int64_t rows, int64_t k = 64, int first_codes = 5) {
   alignas(64) uint8_t config[64] = {};
   config[0] = 1;  // palette
   for (int t = 0; t < 8; ++t) {
-    config[16 + 2 * t] = 64;  // bytes a row
-    config[48 + t] = static_cast<uint8_t>(t < 5 ? rows : kTileRows);
+    const bool activations = t >= 4 && t < first_codes;
+    config[16 + 2 * t] = static_cast<uint8_t>(activations ? k : 64);  // bytes a row
+    config[48 + t] = static_cast<uint8_t>(t < first_codes ? rows : k / 4);
   }
   __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }

@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "conv_network/conv_network.h"
+#include "lowbit_conv/conv_plan.h"
 #include "lowbit_linear/lowbit_linear.h"
 
 using namespace bantamweight;
@@ -39,14 +40,15 @@ struct Conv {
   std::vector<uint8_t> codes;
   std::vector<float> scale, zero, bias;
 
-  Conv(const ConvShape& s, Isa ceiling, int seed) : shape(s) {
+  // zero_of_all: of every channel, instead of random ones.
+  Conv(const ConvShape& s, Isa ceiling, int seed, int zero_of_all = -1) : shape(s) {
     const Isa isa = conv_select(s, ceiling);
     check::Random random(static_cast<unsigned>(seed));
     codes.resize(static_cast<size_t>(s.out_channels * s.k()));
     for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(16));
     for (int64_t i = 0; i < s.out_channels; ++i) {
       scale.push_back(0.02f * (1.5f + random.uniform()));
-      zero.push_back(static_cast<float>(random.below(16)));
+      zero.push_back(static_cast<float>(zero_of_all < 0 ? random.below(16) : zero_of_all));
       bias.push_back(random.uniform());
     }
     bytes = conv_layout_bytes(s, isa);
@@ -412,6 +414,56 @@ void test_codes(Isa isa) {
   }
 }
 
+// Convolutions whose weights the plan keeps where the variant has a kernel for that, with residuals and
+// borders, and one that it never keeps. A single image of this size is shared by the threads.
+void test_kept(Isa isa) {
+  struct Narrow {
+    Conv stem, same, down, point, apart, last;
+    explicit Narrow(Isa of)
+        : stem(shape_of(3, 16, 3, 1, 1), of, 1, 8),
+          same(shape_of(16, 16, 3, 1, 1), of, 2, 8),
+          down(shape_of(16, 48, 3, 2, 1), of, 3, 5),
+          point(shape_of(48, 80, 1, 1, 0), of, 4, 8),
+          apart(shape_of(80, 64, 1, 1, 0), of, 5),
+          last(shape_of(64, 10, 3, 1, 1), of, 6, 8) {}
+    std::vector<NetworkStep> steps() const {
+      std::vector<NetworkStep> made = {stem.step(0, -1, true),  same.step(1, -1, true),  same.step(2, 1, true),
+                                       down.step(3, -1, false), point.step(4, -1, true), apart.step(5, -1, true),
+                                       last.step(6, -1, false)};
+      for (size_t i = 0; i + 1 < made.size(); ++i) {
+        made[i].scale = 0.02f + 0.02f * static_cast<float>(i);
+        made[i].zero = made[i].relu ? -127 : 4;
+      }
+      return made;
+    }
+  };
+  const Narrow network(isa), oracle(Isa::reference);
+  const auto keeps = [](const Conv& conv, int64_t padding) {
+    ConvPlan plan;
+    const CodeMap map = {conv.shape.in_channels, 45, 47, padding, padding, padding, padding};
+    CHECK(conv_plan_codes(conv.layout.get(), conv.bytes, map, &plan) == Status::ok);
+    CHECK(conv_keep_weight(conv.bias.data(), &plan) == Status::ok);
+    return plan.kept.kernel != nullptr;
+  };
+  const bool has_kernel = isa != Isa::reference && resident_conv_pick(isa)->isa == isa;
+  for (const Conv* conv : {&network.same, &network.down, &network.point}) {
+    CHECK(keeps(*conv, conv->shape.pad_top) == has_kernel);
+  }
+  CHECK(!keeps(network.apart, 0));  // a zero for each channel
+  CHECK(!keeps(network.last, 1));   // 10 channels
+  check::Random random(7);
+  for (int64_t images : {int64_t{1}, int64_t{5}}) {
+    for (int64_t width : {int64_t{47}, int64_t{32}, int64_t{9}}) {
+      const std::vector<float> x = random_images(images, 3 * 45 * width, random);
+      const Result ours = run(network.steps(), images, 45, width, x, true);
+      const Result reference = run(oracle.steps(), images, 45, width, x, true);
+      CHECK(ours.status == Status::ok && reference.status == Status::ok);
+      CHECK_NOTE(same_bits(ours.y, reference.y), "%s, kept weights, %d images of 45 x %d", isa_name(isa),
+                 static_cast<int>(images), static_cast<int>(width));
+    }
+  }
+}
+
 void test_refused_codes() {
   const CodeNetwork network(Isa::reference);
   const std::vector<float> x(3 * 12 * 12, 1.0f);
@@ -468,6 +520,7 @@ int main() {
     if (isas[i] > ceiling || isa_missing(isas[i]) != nullptr) continue;
     test_variant(isas[i]);
     test_codes(isas[i]);
+    test_kept(isas[i]);
     std::printf("  conv_network    %-12s ran, equal to the reference\n", isa_name(isas[i]));
   }
   test_refusals();

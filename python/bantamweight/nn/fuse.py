@@ -118,6 +118,7 @@ def fuse(
             )
         from ..quantize.calibrate import collect_batches  # quantize imports nn
 
-        use_int8_maps(model, collect_batches(model, calibration, held_out=0.5, seed=0))
+        # The ranges are those of every sample; which ones are held out matters to solvers of weights alone.
+        use_int8_maps(model, collect_batches(model, calibration, held_out=0.0, seed=0))
     setattr(model, "fusion", FusionReport(records=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
     return model
