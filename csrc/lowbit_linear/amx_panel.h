@@ -19,15 +19,11 @@
 // groups turned into floats together with sums twice as large.
 #pragma once
 
-#include "lowbit_linear/amx_tiles.h"
-#include "lowbit_linear/finish_avx512.h"
+#include "lowbit_linear/amx_unit.h"
 
 namespace bantamweight {
 namespace {
 
-constexpr int64_t kUnitN = 32, kPairRows = 2 * kTileRows, kPairTiles = 4, kTileInts = kTileBytes / 4;
-constexpr int64_t kPairBytes = kPairTiles * kTileBytes;  // of sums or outputs of 32 rows x 32 channels
-constexpr int64_t kUnitTileBytes = 2 * kTileBytes;       // a chunk of a unit, or of a pair of row tiles
 constexpr int64_t kPanelChunks = 4, kMaxPairs = 6;
 // Activations of a pass, which stay in L2.
 constexpr int64_t kPassBytes = 1 << 20;
@@ -55,37 +51,6 @@ int64_t list_steps(const Chunk* chunks, int64_t chunk_count, Step* steps) {
   }
   if (count > 0) steps[count - 1].ends_panel = true;
   return count;
-}
-
-// 32 channels: the lower or the upper half of a block.
-struct Unit {
-  const uint8_t* weight;  // the codes of their block
-  int64_t channel;        // the first one
-  int half;
-  __mmask16 valid[2];  // channels that there are
-  float factor[2];     // what the layout divides their scales by
-  const float* scale;  // [groups][64], from that channel on
-  const float* zero_scale;
-  __m512 bias[2];
-};
-
-template <int kBits>
-Unit unit_at(const TileTask& task, int64_t block_bytes, int64_t channels, int64_t index) {
-  Unit unit;
-  unit.channel = index * kUnitN;
-  unit.half = static_cast<int>(index % 2);
-  const int64_t block = index / 2, lane = unit.half * kUnitN, at = block * task.groups * kBlockN + lane;
-  unit.weight = task.weight + block * block_bytes;
-  unit.scale = task.scale + at;
-  unit.zero_scale = task.zero_scale == nullptr ? nullptr : task.zero_scale + at;
-  for (int j = 0; j < 2; ++j) {
-    const int64_t channel = unit.channel + 16 * j;
-    unit.valid[j] = Floats::part(channels - channel);
-    unit.factor[j] = static_cast<float>(1 << nested_shift<kBits>(2 * unit.half + j));
-    unit.bias[j] =
-        task.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(unit.valid[j], task.bias + channel);
-  }
-  return unit;
 }
 
 // The sums of a step on their way out of the tiles. Its user copies it, so that its fields stay in
@@ -221,49 +186,6 @@ inline __attribute__((always_inline)) void finish_steps(const TileTask& task, co
   FOLD(stored, 56)
 }
 
-// A chunk of a unit from packed codes to [2][16][64] signed bytes.
-template <int kBits>
-inline void unpack_signed(const Unit& unit, const Chunk& chunk, __m512i zero, uint8_t* to) {
-  constexpr int64_t kStep = 32 * kBits;
-  const uint8_t* from = unit.weight + chunk.weight_offset + (kBits == 2 ? 0 : unit.half * kStep / 2);
-  const __m512i mask = _mm512_set1_epi8(kBits == 2 ? 0x03 : 0x0f);
-  const __m128i half_shift = _mm_cvtsi32_si128(kBits == 2 ? 4 * unit.half : 0);
-  int64_t q = 0;
-#pragma GCC unroll 4
-  for (; q < chunk.quads; ++q, from += kStep, to += 64) {
-    __m512i low = _mm512_load_si512(from), high;
-    if constexpr (kBits == 8) {
-      high = _mm512_load_si512(from + 64);
-    } else {
-      if constexpr (kBits == 2) low = _mm512_srl_epi16(low, half_shift);
-      high = _mm512_and_si512(_mm512_srli_epi16(low, kBits), mask);
-      low = _mm512_and_si512(low, mask);
-    }
-    _mm512_store_si512(to, _mm512_sub_epi8(low, zero));
-    _mm512_store_si512(to + kTileBytes, _mm512_sub_epi8(high, zero));
-  }
-  if (chunk.spare != 0) {  // what is multiplied by them belongs to something else
-    const __mmask64 there = 0x1111111111111111ull * (0xfull >> chunk.spare);
-    _mm512_store_si512(to - 64, _mm512_maskz_loadu_epi8(there, to - 64));
-    _mm512_store_si512(to - 64 + kTileBytes, _mm512_maskz_loadu_epi8(there, to - 64 + kTileBytes));
-  }
-  for (; q < kChunkQuads; ++q, to += 64) {  // behind the end of a piece: codes of nothing
-    _mm512_store_si512(to, _mm512_setzero_si512());
-    _mm512_store_si512(to + kTileBytes, _mm512_setzero_si512());
-  }
-}
-
-// Into L1, the lines of a chunk that quads [begin, end) of a unit lie in.
-template <int kBits>
-inline void fetch_codes(const Unit& unit, const Chunk& chunk, int64_t begin, int64_t end) {
-  constexpr int64_t kStep = 32 * kBits;
-  const uint8_t* from = unit.weight + chunk.weight_offset + (kBits == 2 ? 0 : unit.half * kStep / 2);
-  for (int64_t q = begin; q < end; ++q) {
-    _mm_prefetch(from + q * kStep, _MM_HINT_T0);
-    if (kBits == 8) _mm_prefetch(from + q * kStep + 64, _MM_HINT_T0);
-  }
-}
-
 // The activations of `pairs` pairs of tiles in the order in which panels, pairs and chunks take them.
 void pack_activations(const TileTask& task, int64_t pairs, const Chunk* chunks, const Step* steps, int64_t step_count,
                       int8_t* to) {
@@ -296,7 +218,7 @@ void run_pass(const TileTask& task, int64_t block_bytes, int64_t channels, const
   auto* memory = reinterpret_cast<PanelMemory*>(scratch);
   auto* packed = reinterpret_cast<int8_t*>(scratch + sizeof(PanelMemory));
   pack_activations(task, pairs, chunks, steps, step_count, packed);
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(kBits == 8 ? 128 : kZeros ? 0 : task.uniform_zero));
+  const SignedCodes codes = signed_codes<kBits>(kBits == 8 ? 128 : kZeros ? 0 : task.uniform_zero);
   const int64_t unit_count = (channels + kUnitN - 1) / kUnitN;
   Unit units[4];  // in turn: the folds of one may go on during the next two
   Fold older, stored;
@@ -313,12 +235,12 @@ void run_pass(const TileTask& task, int64_t block_bytes, int64_t channels, const
       }
       const int64_t first = steps[begin].chunk, last = steps[end - 1].chunk + steps[end - 1].chunk_count;
       for (int64_t c = first; c < last; ++c) {
-        unpack_signed<kBits>(unit, chunks[c], zero, memory->codes + (c - first) * kUnitTileBytes);
+        unpack_signed<kBits>(unit, chunks[c], codes, memory->codes + (c - first) * kUnitTileBytes);
       }
       const Unit& fetched = end < step_count ? unit : next;
       const int64_t fetch_from = end < step_count ? last : 0;
       for (int64_t p = 0; p < pairs; ++p) {
-        const uint8_t* codes = memory->codes;
+        const uint8_t* tiles = memory->codes;
         for (int64_t s = begin; s < end; ++s) {
           const Step& step = steps[s];
           for (int64_t c = step.chunk; c < step.chunk + step.chunk_count; ++c) {
@@ -326,9 +248,9 @@ void run_pass(const TileTask& task, int64_t block_bytes, int64_t channels, const
             if (at >= chunk_count) break;
             fetch_codes<kBits>(fetched, chunks[at], kChunkQuads * p / pairs, kChunkQuads * (p + 1) / pairs);
           }
-          run_step<kZeros, kGroupScale>(task, activations, codes, step.chunk_count, memory->sums, older, stored);
+          run_step<kZeros, kGroupScale>(task, activations, tiles, step.chunk_count, memory->sums, older, stored);
           activations += step.chunk_count * kUnitTileBytes;
-          codes += step.chunk_count * kUnitTileBytes;
+          tiles += step.chunk_count * kUnitTileBytes;
           older = stored;
           stored.sums = memory->sums;
           stored.due = true;

@@ -268,6 +268,16 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   const int64_t blocks_at_once = std::min(blocks, view.kernel->channels_at_once / block_n);
   if (blocks_at_once > 0) rows_fit = std::min(rows_fit, (row_count / available_threads() + 31) / 32 * 32);
   rows_fit = std::max<int64_t>(rows_fit, 32);
+  bool copies = false;  // the kernel copies the activations at every call
+  if (view.kernel->scratch_bytes != nullptr && row_count > 0) {
+    const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
+    copies = view.kernel->scratch_bytes(view.bits, task) > 0;
+  }
+  if (copies) {  // chunks of equal height, as many for every thread
+    const int64_t sharing = available_threads();
+    const int64_t each = (row_count + rows_fit * sharing - 1) / (rows_fit * sharing) * sharing;
+    rows_fit = std::max<int64_t>(64, ((row_count + each - 1) / each + 31) / 32 * 32);
+  }
   const int64_t row_chunks = (row_count + rows_fit - 1) / rows_fit;
   const int64_t macs_per_block = std::max<int64_t>(1, std::min(row_count, rows_fit) * k * block_n);
   const int64_t total = macs_per_block * blocks * row_chunks;
@@ -281,13 +291,10 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   }
   const int64_t blocks_per_thread = (blocks * row_chunks + threads - 1) / threads;
   int64_t least = std::min(blocks_at_once, blocks_per_thread);
-  if (view.kernel->scratch_bytes != nullptr) {
-    const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
-    if (view.kernel->scratch_bytes(view.bits, task) > 0) {  // equal calls, as many on every thread
-      const int64_t most = std::max<int64_t>(1, view.kernel->channels_per_copy / block_n);
-      const int64_t calls = (blocks_per_thread + most - 1) / most;
-      least = (blocks_per_thread + calls - 1) / calls;
-    }
+  if (copies) {  // equal calls, as many on every thread
+    const int64_t most = std::max<int64_t>(1, view.kernel->channels_per_copy / block_n);
+    const int64_t calls = (blocks_per_thread + most - 1) / most;
+    least = (blocks_per_thread + calls - 1) / calls;
   }
   const int64_t blocks_per_chunk = std::max<int64_t>({1, least, std::min(macs / macs_per_block, blocks_fit)});
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;

@@ -12,6 +12,9 @@ constexpr int64_t kTileRows = 16, kTileBytes = 1024;
 #define TILE_OPERANDS(address, stride) ::"r"(address), "r"(static_cast<int64_t>(stride)) : "memory"
 #define TILE_LOAD(tile, address, stride) \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile TILE_OPERANDS(address, stride))
+// The same past L1, for what is read once: L1 keeps what it has.
+#define TILE_LOAD_ONCE(tile, address, stride) \
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile TILE_OPERANDS(address, stride))
 #define TILE_STORE(tile, address, stride) \
   __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" TILE_OPERANDS(address, stride))
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::: "memory")

@@ -233,7 +233,7 @@ void at_the_largest_sums(Isa isa) {
       check_unpack(tested, w, isa);
       // One activation of 127 fixes the row's scale at exactly 1.
       const float values[] = {64.0f, -64.0f, 127.0f, -127.0f};
-      const int64_t m = e.k > 4096 ? 2 : e.n > 20 ? 27 : 4;
+      const int64_t m = e.k > 4096 ? 2 : e.n > 20 ? 75 : 4;
       std::vector<float> x(static_cast<size_t>(m * e.k));
       for (int64_t r = 0; r < m; ++r) {
         const float value = values[e.k > 4096 ? r + 2 : r % 4];
@@ -339,11 +339,11 @@ void many_rows(Isa isa) {
   const LinearKernel& reference = *linear_kernel(Isa::reference);
   check::Random random(8);
   const int64_t row_counts[] = {63, 64, 80, 97, 128, 213, 300}, widths[] = {33, 64, 81, 160, 257},
-                group_sizes[] = {32, 64, 96, 128, 256, 300, 200};
-  for (int round = 0; round < 56; ++round) {
+                group_sizes[] = {32, 64, 96, 128, 256, 300, 200, 770, 1500};
+  for (int round = 0; round < 72; ++round) {
     const int bits = (const int[]){2, 4, 8, 3}[round % 4];
     const int64_t m = row_counts[round % 7], n = widths[round % 5], group_size = group_sizes[round / 8],
-                  groups = 1 + random.below(7), k = groups * group_size - random.below(31);
+                  groups = 1 + random.below(group_size > 300 ? 2 : 7), k = groups * group_size - random.below(31);
     const bool uniform = round % 3 != 0, scaled = round % 5 == 3, spaced = round % 2 == 0;
     std::vector<KPiece> pieces;
     for (int64_t g = 0; g < groups; ++g) {
@@ -375,7 +375,12 @@ void many_rows(Isa isa) {
         group_scale.push_back(random.uniform());
       }
     }
-    std::vector<float> out[2];
+    std::vector<int8_t> codes_out[2], added(static_cast<size_t>(m * n));
+    std::vector<const int8_t*> added_rows;
+    for (int8_t& a : added) a = static_cast<int8_t>(random.below(255) - 127);
+    for (int64_t r = 0; r < m; ++r) added_rows.push_back(added.data() + r * n);
+    std::vector<float> out[2], small_scale = row_scale;
+    for (float& s : small_scale) s *= 3e-3f / std::sqrt(static_cast<float>(k));  // codes of every size
     const LinearKernel* kernels[] = {&kernel, &reference};
     for (int which = 0; which < 2; ++which) {
       const LinearKernel& one = *kernels[which];
@@ -388,8 +393,16 @@ void many_rows(Isa isa) {
       out[which].assign(static_cast<size_t>(m * (n + 1)), kUntouched);
       packed_view_run(view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(), n + 1,
                       {}, scaled ? group_scale.data() : nullptr);
+      codes_out[which].assign(static_cast<size_t>(m * (n + 3)), int8_t{55});
+      std::vector<int8_t*> code_rows;
+      for (int64_t r = 0; r < m; ++r) code_rows.push_back(codes_out[which].data() + r * (n + 3));
+      const CodeOutputs to = {code_rows.data(), round % 2 == 0 ? added_rows.data() : nullptr, 0.7f};
+      CHECK(packed_view_run_codes(view, rows.data(), small_scale.data(), row_sums.data(), m, bias.data(), to, 0,
+                                  (n + one.block_n - 1) / one.block_n) == Status::ok);
       std::free(memory);
     }
+    CHECK_NOTE(codes_out[0] == codes_out[1], "%s: codes of bits=%d m=%d n=%d k=%d in groups of %d", isa_name(isa), bits,
+               static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), static_cast<int>(group_size));
     CHECK_NOTE(same_bits(out[0], out[1]), "%s: bits=%d m=%d n=%d k=%d in groups of %d%s%s", isa_name(isa), bits,
                static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), static_cast<int>(group_size),
                uniform ? "" : ", zeros", scaled ? ", scaled" : "");
