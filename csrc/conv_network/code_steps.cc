@@ -1,9 +1,11 @@
 // Pooling, averages, shortcuts and sums on maps of codes.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "code_maps/code_maps.h"
 #include "conv_network/steps.h"
+#include "runtime/scratch.h"
 #include "runtime/threads.h"
 
 namespace bantamweight {
@@ -13,32 +15,58 @@ using Kind = NetworkStep::Kind;
 
 constexpr int64_t kBytesPerThread = 1 << 17;
 
-// Codes of the scale and zero of `in`. A few pixels of a window at a time, then their largest.
-void max_pool(const CodeStep& call, const Maps& out) {
+// The largest of rows of `count` codes that come one by one, to `most`.
+class Largest {
+ public:
+  Largest(Isa isa, int64_t count, int8_t* most) : kernel_(*code_maps_kernel(isa)), count_(count), most_(most) {}
+
+  void add(const int8_t* row) {
+    if (held_ == kRows) {
+      finish();
+      rows_[held_++] = most_;
+    }
+    rows_[held_++] = row;
+  }
+
+  void finish() {
+    kernel_.largest(rows_, held_, count_, most_);
+    held_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kRows = 16;
+  const CodeMapsKernel& kernel_;
+  int64_t count_, held_ = 0;
+  int8_t* most_;
+  const int8_t* rows_[kRows];
+};
+
+// Codes of the scale and zero of `in`. First along the columns of all windows of a row, then along the
+// rows, which reads every code once a window row and not once a window.
+Status max_pool(const CodeStep& call, const Maps& out) {
   const NetworkStep& step = call.step;
   const CodeMap &in = call.in.size, &to = out.size;
-  const auto largest = code_maps_kernel(call.isa)->largest;
+  std::atomic<int> worst{static_cast<int>(Status::ok)};
   for_each_shared(call.images * to.height, call.images * in.image_bytes() > 2 * kBytesPerThread, [&](int64_t row) {
-    constexpr int64_t kPixels = 16;
-    const int8_t* pixels[kPixels];
     const int64_t image = row / to.height, oy = row % to.height;
+    thread_local Scratch scratch;
+    auto* columns = reinterpret_cast<int8_t*>(scratch.get(in.width * in.channels));
+    if (columns == nullptr) {
+      worst.store(static_cast<int>(Status::out_of_memory));
+      return;
+    }
+    Largest of_columns(call.isa, in.width * in.channels, columns);
+    const Window rows(step, in.height, in.width, oy, 0);
+    for (int64_t iy = rows.y_begin; iy < rows.y_end; ++iy) of_columns.add(call.in.codes + in.at(image, iy, 0));
+    of_columns.finish();
     for (int64_t ox = 0; ox < to.width; ++ox) {
       const Window window(step, in.height, in.width, oy, ox);
-      int8_t* most = out.codes + to.at(image, oy, ox);
-      int64_t count = 0;
-      for (int64_t iy = window.y_begin; iy < window.y_end; ++iy) {
-        for (int64_t ix = window.x_begin; ix < window.x_end; ++ix) {
-          if (count == kPixels) {
-            largest(pixels, count, in.channels, most);
-            pixels[0] = most;
-            count = 1;
-          }
-          pixels[count++] = call.in.codes + in.at(image, iy, ix);
-        }
-      }
-      largest(pixels, count, in.channels, most);
+      Largest of_window(call.isa, in.channels, out.codes + to.at(image, oy, ox));
+      for (int64_t ix = window.x_begin; ix < window.x_end; ++ix) of_window.add(columns + ix * in.channels);
+      of_window.finish();
     }
   });
+  return static_cast<Status>(worst.load());
 }
 
 // The same for every stride-th pixel and its channels between zeros.
@@ -110,15 +138,16 @@ void average(const CodeStep& call) {
 }
 
 // Where the last step keeps the codes of its input, they become floats behind it.
-void run_kept(const CodeStep& call) {
+Status run_kept(const CodeStep& call) {
   Maps codes = call.out;
   if (call.out.scale == 0.0f) codes.codes = reinterpret_cast<int8_t*>(call.memory);
   if (call.step.kind == Kind::max_pool) {
-    max_pool(call, codes);
+    const Status status = max_pool(call, codes);
+    if (status != Status::ok) return status;
   } else {
     subsample(call, codes);
   }
-  if (call.out.scale != 0.0f) return;
+  if (call.out.scale != 0.0f) return Status::ok;
   const CodeMap& size = call.out.size;
   for (int64_t row = 0; row < call.images * size.height; ++row) {
     WeightedSum sum;
@@ -128,6 +157,7 @@ void run_kept(const CodeStep& call) {
     sum.count = size.width * size.channels;
     write_row(call, sum, row / size.height, row % size.height);
   }
+  return Status::ok;
 }
 
 }  // namespace
@@ -138,14 +168,14 @@ int64_t code_step_bytes(const NetworkStep& step, const CodeMap& out, int64_t ima
   return step.scale == 0.0f ? images * out.image_bytes() : 0;
 }
 
-void run_code_step(const CodeStep& call) {
+Status run_code_step(const CodeStep& call) {
+  if (call.step.kind == Kind::max_pool || call.step.kind == Kind::subsample) return run_kept(call);
   if (call.step.kind == Kind::add) {
     add(call);
-  } else if (call.step.kind == Kind::average) {
-    average(call);
   } else {
-    run_kept(call);
+    average(call);
   }
+  return Status::ok;
 }
 
 void fill_border(const Maps& maps, int64_t images) {

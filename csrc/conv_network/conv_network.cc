@@ -221,7 +221,11 @@ void ConvNetwork::Prepared::cut(const std::vector<NetworkStep>& steps) {
     const int64_t alive = segment.arena_bytes + value_bytes(begin, 1) + value_bytes(i + 1, 1);
     int64_t together = 1;
     while (2 * together <= kMaxImages && 2 * together * alive <= kAliveBytes) together *= 2;
-    if (!segments.empty() && segments.back().images == together) {
+    // Steps without a weight gain nothing from more images: they go with what is before them.
+    const bool weights = std::any_of(steps.begin() + static_cast<std::ptrdiff_t>(begin),
+                                     steps.begin() + static_cast<std::ptrdiff_t>(i) + 1,
+                                     [](const auto& s) { return s.kind == Kind::conv; });
+    if (!segments.empty() && (segments.back().images == together || !weights)) {
       segments.back().end = i + 1;
     } else {
       segment.images = together;
@@ -290,8 +294,7 @@ Status ConvNetwork::Prepared::run_step(const std::vector<NetworkStep>& steps,
              y = maps(steps, static_cast<int64_t>(i) + 1, to);
   if (y.codes != nullptr) fill_border(y, images.images);
   if (step.kind != Kind::conv) {
-    run_code_step({step, isa, images.images, x, added, y, scratch});
-    return Status::ok;
+    return run_code_step({step, isa, images.images, x, added, y, scratch});
   }
   const bool depthwise = plan[i].layout.run.depthwise();
   const float to_output = y.codes == nullptr ? 1.0f : 1.0f / y.scale;

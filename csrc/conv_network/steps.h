@@ -42,7 +42,7 @@ struct CodeStep {
 
 int64_t code_step_bytes(const NetworkStep& step, const CodeMap& out, int64_t images);
 
-void run_code_step(const CodeStep& call);
+Status run_code_step(const CodeStep& call);
 
 // The pixels of a map of height x width under a window of a pooling; the padding holds nothing.
 struct Window {

@@ -464,6 +464,29 @@ void test_kept(Isa isa) {
   }
 }
 
+// A window of more rows and columns than are compared at a time, most of it in the padding at the borders.
+void test_wide_pool(Isa isa) {
+  const CodeNetwork network(isa), oracle(Isa::reference);
+  NetworkStep pool = step_of(Kind::max_pool, 1);
+  pool.kernel_h = 35;
+  pool.kernel_w = 18;
+  pool.stride_h = 3;
+  pool.pad_h = 17;
+  pool.pad_w = 9;
+  check::Random random(8);
+  const std::vector<float> x = random_images(2, 3 * 37 * 21, random);
+  const Result ours = run({network.steps[0], pool}, 2, 37, 21, x, true);
+  const Result reference = run({oracle.steps[0], pool}, 2, 37, 21, x, true);
+  CHECK(ours.status == Status::ok && same_bits(ours.y, reference.y));
+  const Image image = {3, 37, 21, std::vector<double>(x.begin(), x.begin() + 3 * 37 * 21)};
+  const std::vector<double> expected = by_hand_in_codes({network.steps[0], pool}, {&network.stem, nullptr}, image);
+  double largest = 0.0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    largest = std::fmax(largest, std::fabs(expected[i] - static_cast<double>(ours.y[i])));
+  }
+  CHECK(largest < 0.021);  // a code, where a rounding of the convolution's is a tie
+}
+
 void test_refused_codes() {
   const CodeNetwork network(Isa::reference);
   const std::vector<float> x(3 * 12 * 12, 1.0f);
@@ -521,6 +544,7 @@ int main() {
     test_variant(isas[i]);
     test_codes(isas[i]);
     test_kept(isas[i]);
+    test_wide_pool(isas[i]);
     std::printf("  conv_network    %-12s ran, equal to the reference\n", isa_name(isas[i]));
   }
   test_refusals();
