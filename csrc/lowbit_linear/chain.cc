@@ -197,6 +197,11 @@ Status linear_chain(const ChainStage* stages, int64_t count, const ChainArgs& ar
   const int64_t threads = available_threads();
   int64_t rows = std::max<int64_t>(32, chunk_bytes / row_bytes / 16 * 16);
   const bool share_rows = threads > 1 && args.m >= threads * min_rows && args.m * plan.macs_per_row >= kMinParallelMacs;
+  // A kernel that copies activations to unpack a weight once for many rows wants more of them, up to all of L2.
+  constexpr int64_t kCopiedRows = 128, kCopiedChunkBytes = 2 << 20;
+  if (linear_kernel(plan.isa)->scratch_bytes != nullptr) {
+    rows = std::max(rows, std::min(kCopiedRows, kCopiedChunkBytes / row_bytes / 32 * 32));
+  }
   if (share_rows) rows = std::min(rows, ((args.m + threads - 1) / threads + 15) / 16 * 16);
   const int64_t chunks = (args.m + rows - 1) / rows;
   std::atomic<int> worst{static_cast<int>(Status::ok)};
