@@ -480,11 +480,9 @@ void test_wide_pool(Isa isa) {
   CHECK(ours.status == Status::ok && same_bits(ours.y, reference.y));
   const Image image = {3, 37, 21, std::vector<double>(x.begin(), x.begin() + 3 * 37 * 21)};
   const std::vector<double> expected = by_hand_in_codes({network.steps[0], pool}, {&network.stem, nullptr}, image);
-  double largest = 0.0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    largest = std::fmax(largest, std::fabs(expected[i] - static_cast<double>(ours.y[i])));
+  for (size_t i = 0; i < expected.size(); ++i) {  // a code, where a rounding of the convolution's is a tie
+    CHECK(std::fabs(expected[i] - static_cast<double>(ours.y[i])) < 0.021);
   }
-  CHECK(largest < 0.021);  // a code, where a rounding of the convolution's is a tie
 }
 
 void test_refused_codes() {
