@@ -21,6 +21,9 @@
 // product (16 cycles) 32 vector operations, 16 stores or 16 loads that hit L1 cost nothing, and the two
 // stores of two tiles; the stores of four tiles in a row cost 23 ns.
 //
+// Trits (trits_avx512.h) become 2 bits a chunk ahead, which adds 12 ns to a chunk. Decoding them between the
+// products instead of all at once, or fetching into L2 the blocks that are expanded next, is slower.
+//
 // For rows enough that unpacking once for many of them pays, short groups run in amx_panel.h and all
 // others in amx_long_groups.h. No gain here: tile stores put off until the next group's products,
 // fetching the activations ahead, the masks in one run.
@@ -32,6 +35,7 @@
 #include "lowbit_linear/amx_tiles.h"
 #include "lowbit_linear/finish_avx512.h"
 #include "lowbit_linear/three_bits_avx512.h"
+#include "lowbit_linear/trits_avx512.h"
 
 namespace bantamweight {
 namespace {
@@ -39,7 +43,7 @@ namespace {
 constexpr int64_t kAhead = 2, kRing = kAhead + 1;
 // With fewer rows, or fewer chunks in all, VNNI is faster: it neither stores and loads the unpacked
 // weights again nor configures tiles (0.3 us).
-constexpr int64_t kMinRows = 4, kMinChunks = 8;
+constexpr int64_t kMinRows = 4, kMinTritRows = 5, kMinChunks = 8;
 
 // A quarter of a chunk, 4 quads, from raw codes to masked tiles. Codes of 8 bits are tiles as they lie.
 template <int kBits>
@@ -147,11 +151,49 @@ void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
   task->block_n_valid = *channels < kBlockN ? *channels : kBlockN;
 }
 
+// Trits as chunks of 2 bits, in a ring of the chunks of a stream and one more, where a step's last quads
+// go that belong to the next chunk.
+class TritChunks {
+ public:
+  // The chunk behind the last one, or the first of a block.
+  const uint8_t* next(const Chunk& chunk, const uint8_t* block) {
+    if (chunk.weight_offset == 0) {
+      step_ = block;
+      ready_ = 0;
+    }
+    const int64_t begin = at_;
+    for (; ready_ < chunk.quads; ready_ += kTritQuads, step_ += kTritBytes) {
+      for (int64_t line = 0; line < kTritBytes; line += 64) _mm_prefetch(step_ + kPrefetch + line, _MM_HINT_T0);
+      const TritStep step(step_);
+#pragma GCC unroll 6
+      for (int q = 0; q < kTritQuads; ++q) {
+        _mm512_store_si512(quad(begin + ready_ + q), _mm512_or_si512(step.three(q), step.fourth(q)));
+      }
+    }
+    for (int64_t q = chunk.quads; q < kChunkQuads; ++q) _mm512_store_si512(quad(begin + q), _mm512_setzero_si512());
+    ready_ -= kChunkQuads;
+    at_ = (begin + kChunkQuads) % kQuads;
+    return quad(begin);
+  }
+
+ private:
+  static constexpr int64_t kQuads = (kRing + 1) * kChunkQuads, kPrefetch = 2048;
+  static_assert((kQuads & (kQuads - 1)) == 0, "the ring's length is a power of two");
+  uint8_t* quad(int64_t at) { return memory_ + at % kQuads * 64; }
+
+  alignas(64) uint8_t memory_[kQuads * 64];
+  const uint8_t* step_ = nullptr;
+  int64_t ready_ = 0;  // quads of the next chunk that are there already
+  int64_t at_ = 0;     // of the next chunk in the ring
+};
+
 // `rows` rows (at most 16) from `first_row` on against every block.
-template <int kBits>
+template <int kStored>
 void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels, const Chunk* chunks,
               int64_t chunk_count, int64_t first_row, int64_t rows) {
+  constexpr int kBits = kStored == kTrits ? 2 : kStored;
   constexpr int64_t kStep = 32 * kBits, kMaskedBytes = kMaskedTiles<kBits> * kTileBytes;
+  TritChunks trits;
   alignas(64) uint8_t masked[kRing * kMaskedBytes];
   alignas(64) uint8_t padded[kRing * kChunkQuads * kStep];
   alignas(64) int8_t gathered[kTileBytes];
@@ -171,8 +213,12 @@ void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, i
   int64_t ahead_chunk = 0, ahead_left = chunk_count * block_count;
   const auto next_raw = [&](int64_t slot) {
     const Chunk& chunk = chunks[ahead_chunk];
-    raw[slot] = ahead_weight + chunk.weight_offset;
-    if (chunk.quads < kChunkQuads) {
+    if constexpr (kStored == kTrits) {
+      raw[slot] = trits.next(chunk, ahead_weight);
+    } else {
+      raw[slot] = ahead_weight + chunk.weight_offset;
+    }
+    if (kStored != kTrits && chunk.quads < kChunkQuads) {
       uint8_t* to = padded + slot * kChunkQuads * kStep;
       for (int64_t i = 0; i < kChunkQuads * kStep; i += 64) {
         const __m512i line = i < chunk.quads * kStep ? _mm512_load_si512(raw[slot] + i) : _mm512_setzero_si512();
@@ -272,7 +318,7 @@ void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes,
     task.y += first_row * task.ldy;
   }
   for (int64_t b = 0; b < block_count; ++b) {
-    linear_kernel_avx512_vnni()->run(bits, task);
+    linear_kernel_avx512_vbmi()->run(bits, task);
     advance(&task, block_bytes, &channels);
   }
 }
@@ -382,7 +428,7 @@ bool outgrows_cache(const TileTask& task) {
 
 // Codes of 8 bits are signed bytes only around the middle.
 bool has_signed_codes(int bits, const TileTask& task) {
-  return bits != 3 && (bits != 8 || (task.zero_scale == nullptr && task.uniform_zero == 128));
+  return bits != kTrits && bits != 3 && (bits != 8 || (task.zero_scale == nullptr && task.uniform_zero == 128));
 }
 
 // Groups of up to a panel.
@@ -415,17 +461,18 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   const int64_t spare = chunk_count < 4 ? 0 : kChunkQuads - 1;
   const int64_t average = chunk_count == 0 ? 0 : (count_quads(task) + spare) / chunk_count;
   const int64_t quads = average < kChunkQuads ? average : kChunkQuads;
-  const int64_t min_rows = kMinRows + kChunkQuads - quads;
+  const int64_t min_rows = (bits == kTrits ? kMinTritRows : kMinRows) + kChunkQuads - quads;
   const int64_t tiles = (task.row_count + kTileRows - 1) / kTileRows, tail = task.row_count % kTileRows;
-  const bool on_vnni =
-      chunk_count > kMaxChunks || min_rows > kTileRows || chunk_count * block_count * tiles < kMinChunks;
+  const bool on_vnni = (bits == kTrits && task.piece_count > 1) || chunk_count > kMaxChunks || min_rows > kTileRows ||
+                       chunk_count * block_count * tiles < kMinChunks;
   // The rows from here on are too few for a tile.
   const int64_t end = on_vnni ? 0 : task.row_count - (tail < min_rows ? tail : 0);
   if (end > 0) {
     Chunk chunks[kMaxChunks];
     list_chunks(task, bits, chunks);
     int64_t configured = 0, row = 0;
-    if (bits != 3 && block_count == 1 && task.block_n_valid <= kNarrowChannels && chunk_count <= kMaxNarrowChunks) {
+    if (bits != 3 && bits != kTrits && block_count == 1 && task.block_n_valid <= kNarrowChannels &&
+        chunk_count <= kMaxNarrowChunks) {
       row = end / kNarrowRows * kNarrowRows;
       const auto run_bits = bits == 2 ? run_narrow_bits<2> : bits == 8 ? run_narrow_bits<8> : run_narrow_bits<4>;
       if (row > 0) run_bits(task, chunks, chunk_count, row);
@@ -444,10 +491,11 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
       const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
       if (rows != configured) configure(rows);
       configured = rows;
-      const auto run_tile_bits = bits == 2   ? run_tile<2>
-                                 : bits == 3 ? run_tile<3>
-                                 : bits == 8 ? run_tile<8>
-                                             : run_tile<4>;
+      const auto run_tile_bits = bits == 2        ? run_tile<2>
+                                 : bits == kTrits ? run_tile<kTrits>
+                                 : bits == 3      ? run_tile<3>
+                                 : bits == 8      ? run_tile<8>
+                                                  : run_tile<4>;
       run_tile_bits(task, block_count, block_bytes, channels, chunks, chunk_count, row, rows);
     }
     // Nothing of the tiles is left behind: the next context switch need not save them.
@@ -462,24 +510,26 @@ void run(int bits, const TileTask& task) { run_blocks(bits, task, 1, 0, task.blo
 // The layout is avx512_vnni's. These forward at the call because this file's accessor, which runs on
 // any CPU, may do no more than return an address.
 int64_t block_bytes(int bits, const KPiece* pieces, int64_t piece_count) {
-  return linear_kernel_avx512_vnni()->block_bytes(bits, pieces, piece_count);
+  return linear_kernel_avx512_vbmi()->block_bytes(bits, pieces, piece_count);
 }
 
-float lane_factor(int bits, int64_t lane) { return linear_kernel_avx512_vnni()->lane_factor(bits, lane); }
+float lane_factor(int bits, int64_t lane) { return linear_kernel_avx512_vbmi()->lane_factor(bits, lane); }
 
 void pack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* codes, int64_t ldk, int64_t valid_n,
                 uint8_t* block) {
-  linear_kernel_avx512_vnni()->pack_block(bits, pieces, piece_count, codes, ldk, valid_n, block);
+  linear_kernel_avx512_vbmi()->pack_block(bits, pieces, piece_count, codes, ldk, valid_n, block);
 }
 
 void unpack_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, int64_t ldk,
                   int64_t valid_n, uint8_t* codes) {
-  linear_kernel_avx512_vnni()->unpack_block(bits, pieces, piece_count, block, ldk, valid_n, codes);
+  linear_kernel_avx512_vbmi()->unpack_block(bits, pieces, piece_count, block, ldk, valid_n, codes);
 }
 
-void expand_block(const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) {
-  linear_kernel_avx512_vnni()->expand_block(pieces, piece_count, block, expanded);
+void expand_block(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) {
+  linear_kernel_avx512_vbmi()->expand_block(bits, pieces, piece_count, block, expanded);
 }
+
+int64_t expand_rows(int bits) { return bits == kTrits ? 48 : 128; }
 
 // Every CPU with AMX has 2 MB of L2. Loading the weights half as often: 4096x14336 at 8 bits and 512 rows
 // from 47.8 ms to 37.7.
@@ -489,8 +539,8 @@ constexpr int64_t kActivationBytes = 768 << 10;
 constexpr int64_t kChannelsPerCopy = 4096;
 
 constexpr LinearKernel kernel = {
-    Isa::amx, 64, block_bytes,      lane_factor, pack_block,    unpack_block,    run, run_blocks, expand_block,
-    128,      0,  kActivationBytes, true,        scratch_bytes, kChannelsPerCopy};
+    Isa::amx,    64, block_bytes,      lane_factor, pack_block,    unpack_block,     run, run_blocks, expand_block,
+    expand_rows, 0,  kActivationBytes, true,        scratch_bytes, kChannelsPerCopy, true};
 
 }  // namespace
 

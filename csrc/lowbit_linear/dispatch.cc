@@ -12,8 +12,8 @@ namespace {
 
 const VariantList<LinearKernel>& variants() {
   static const VariantList<LinearKernel> list = {
-      linear_kernel_amx(),       linear_kernel_avx512_vnni(),  linear_kernel_avx_vnni(), linear_kernel_avx2(),
-      linear_kernel_neon_i8mm(), linear_kernel_neon_dotprod(), linear_kernel_reference()};
+      linear_kernel_amx(),  linear_kernel_avx512_vbmi(), linear_kernel_avx512_vnni(),  linear_kernel_avx_vnni(),
+      linear_kernel_avx2(), linear_kernel_neon_i8mm(),   linear_kernel_neon_dotprod(), linear_kernel_reference()};
   return list;
 }
 
@@ -25,16 +25,18 @@ struct LinearHeader {
   int32_t bits;
   int64_t n, k, group_size;
   int32_t activations;
-  uint8_t unused[20];
+  int32_t ternary;
+  uint8_t unused[16];
 };
 static_assert(sizeof(LinearHeader) == 64, "the packed view behind it stays aligned");
 
 LinearShape shape_of(const LinearHeader& header) {
-  return {header.n, header.k, header.bits, header.group_size, static_cast<Activations>(header.activations)};
+  return {header.n,           header.k, header.bits, header.group_size, static_cast<Activations>(header.activations),
+          header.ternary != 0};
 }
 
 bool valid(const LinearShape& s) {
-  const bool bits = s.bits == 2 || s.bits == 3 || s.bits == 4 || s.bits == 8;
+  const bool bits = s.bits == 2 || (!s.ternary && (s.bits == 3 || s.bits == 4 || s.bits == 8));
   // Sizes whose bytes would not fit an int64 are refused before any multiplication.
   const bool sizes = s.n >= 0 && s.k >= 0 && s.n < (int64_t{1} << 31) && s.k < (int64_t{1} << 31);
   const bool group = s.k == 0 || (s.group_size > 0 && (s.group_size <= kMaxGroupK || s.group_size >= s.k));
@@ -67,8 +69,10 @@ std::vector<KPiece> pieces_of(const LinearShape& s) {
 
 // True if the view behind the header is the one that the header's shape asks for.
 bool fits(const LinearShape& s, const PackedView& view) {
-  if (!valid(s) || view.n != s.n || view.bits != stored_bits(*view.kernel, s.bits, s.n, s.k) ||
-      view.groups != view.piece_count || (view.weight_sum != nullptr) != has_offsets(s))
+  // Not what stored_bits says, which asks for the threads of now.
+  const bool bits = view.bits == s.bits || (s.bits == 3 && view.bits == 4) || (s.ternary && view.bits == kTrits);
+  if (!valid(s) || view.n != s.n || !bits || view.groups != view.piece_count ||
+      (view.weight_sum != nullptr) != has_offsets(s))
     return false;
   const int64_t size = summed_group_size(s);
   if (view.groups != ceil_div(s.k, size)) return false;
@@ -112,9 +116,9 @@ int64_t linear_layout_bytes(const LinearShape& shape, Isa isa) {
   if (!valid(shape) || kernel == nullptr) return -1;
   const std::vector<KPiece> pieces = pieces_of(shape);
   const auto groups = static_cast<int64_t>(pieces.size());
-  return static_cast<int64_t>(sizeof(LinearHeader)) +
-         packed_view_bytes(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.n, groups, pieces.data(),
-                           groups, has_offsets(shape));
+  return static_cast<int64_t>(sizeof(LinearHeader)) + packed_view_bytes(*kernel, stored_bits(*kernel, shape), shape.n,
+                                                                        groups, pieces.data(), groups,
+                                                                        has_offsets(shape));
 }
 
 Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, const float* scale, const float* zero,
@@ -147,22 +151,24 @@ Status linear_pack(const LinearShape& shape, Isa isa, const uint8_t* codes, cons
   header.k = shape.k;
   header.group_size = shape.group_size;
   header.activations = static_cast<int32_t>(shape.activations);
+  header.ternary = shape.ternary ? 1 : 0;
   std::memcpy(layout, &header, sizeof header);
-  packed_view_write(*kernel, stored_bits(*kernel, shape.bits, shape.n, shape.k), shape.bits, shape.n, summed_groups,
-                    pieces.data(), summed_groups, codes, shape.k, scale, zero,
-                    static_cast<uint8_t*>(layout) + sizeof header, has_offsets(shape));
+  packed_view_write(*kernel, stored_bits(*kernel, shape), shape.bits, shape.n, summed_groups, pieces.data(),
+                    summed_groups, codes, shape.k, scale, zero, static_cast<uint8_t*>(layout) + sizeof header,
+                    has_offsets(shape));
   return Status::ok;
 } catch (const std::bad_alloc&) {
   return Status::out_of_memory;
 }
 
-Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa) {
+Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa, double* stored) {
   LinearHeader header;
   PackedView view;
   const Status status = read(layout, layout_bytes, &header, &view);
   if (status != Status::ok) return status;
   *shape = shape_of(header);
   *isa = static_cast<Isa>(header.isa);
+  if (stored != nullptr) *stored = view.bits == kTrits ? 5.0 / 3.0 : view.bits;
   return Status::ok;
 }
 

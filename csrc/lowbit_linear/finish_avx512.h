@@ -12,7 +12,7 @@ namespace bantamweight {
 // What the layout multiplies channels lane + 16 j by, as a shift: byte = c0 | c1 << 2 | .. at 2 bits.
 template <int kBits>
 static constexpr int nested_shift(int j) {
-  return kBits == 2 ? 2 * j : kBits == 8 ? 0 : 4 * (j & 1);
+  return kBits == 2 || kBits == kTrits ? 2 * j : kBits == 8 ? 0 : 4 * (j & 1);
 }
 
 // Lanes 16 j .. 16 j + 15 of a block that are channels.
@@ -66,8 +66,10 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
   for (int64_t r = 0; r < row_count; ++r, sums += 64, partial += 64, row_sums += task.groups) {
     __m512i s[kTiles];
     for (int j = 0; j < kTiles; ++j) s[j] = _mm512_load_si512(sums + 16 * j);
-    if constexpr (kBits == 2) {
-      for (int j = kTiles - 1; j > 0; --j) s[j] = _mm512_sub_epi32(s[j], s[j - 1]);
+    if constexpr (kBits == 2 || kBits == kTrits) {
+      for (int j = kTiles - 1; j > 0; --j) {
+        if (kBits == 2 || j < 3) s[j] = _mm512_sub_epi32(s[j], s[j - 1]);
+      }
     } else if constexpr (kBits == 4) {
       for (int j = 1; j < kTiles; j += 2) s[j] = _mm512_sub_epi32(s[j], s[j - 1]);
     } else if constexpr (kBits == 3) {  // 16 S1, as at 4 bits: both have the same scales
@@ -113,9 +115,9 @@ static inline void finish_rows(const TileTask& task, int64_t group, int64_t firs
 }
 
 // Adds group `group` of `row_count` rows to their outputs.
-//   sums     [row_count][64] int32: for 2 bits S0, S0 + 4 S1, S0 + 4 S1 + 16 S2, ..; for 4 bits S0,
-//            S0 + 16 S1, S2, S2 + 16 S3; for 3 bits with 8 for 16; for 8 bits S0 .. S3 (S_j: channels 16 j .. 16 j +
-//            15)
+//   sums     [row_count][64] int32, S_j being those of channels 16 j .. 16 j + 15: for 2 bits S0, S0 + 4 S1,
+//            S0 + 4 S1 + 16 S2, ..; for trits the same, but 64 S3 alone; for 4 bits S0, S0 + 16 S1, S2,
+//            S2 + 16 S3; for 3 bits with 8 for 16; for 8 bits S0 .. S3
 //   partial  [row_count][64] float outputs of the groups so far; read unless group is the first,
 //            written unless it is the last, when y is
 // Only the first kTiles of the S_j and their channels are read and written.

@@ -35,6 +35,7 @@ struct LinearShape {
   // How inputs are rounded. int8_block: for every kActivationBlock columns, or every group of fewer,
   // on their own; group_size divides kActivationBlock, is a multiple of it, or covers the row.
   Activations activations = Activations::int8;
+  bool ternary = false;  // 2 bits, and no code is 3: a kernel may store them in fewer
 };
 
 constexpr int64_t kActivationBlock = 128;
@@ -58,8 +59,10 @@ Status linear_pack(const LinearShape& shape, Isa isa,
 // The exact inverse of linear_pack: canonical codes, scales and zeros out of the kernel's layout.
 Status linear_unpack(const void* layout, int64_t layout_bytes, uint8_t* codes, float* scale, float* zero);
 
-// Checks the header and reads the shape and the kernel out of a packed buffer.
-Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa);
+// Checks the header and reads the shape and the kernel out of a packed buffer, and the bits that a code is stored
+// with: those of the shape, 4 for 3, or 5/3.
+Status linear_describe(const void* layout, int64_t layout_bytes, LinearShape* shape, Isa* isa,
+                       double* stored = nullptr);
 
 struct LinearArgs {
   const float* x = nullptr;  // [m, k], rows ldx floats apart; null to take `rows`
@@ -130,6 +133,9 @@ struct KPiece {
   int64_t group = 0;       // non-decreasing over the pieces
 };
 
+// Among the bits that codes are stored with: ternary codes, three of them in five bits.
+constexpr int kTrits = 1;
+
 // int32 sums of code * activation stay exact up to this many k (255 * 127 * k < 2^31); the
 // dispatcher cuts longer groups into pieces of their own with the scale repeated.
 constexpr int64_t kMaxGroupK = 65536;
@@ -188,10 +194,11 @@ struct LinearKernel {
   // `channels` the number from there on. A variant that can overlap one block with the next has it.
   void (*run_blocks)(int bits, const TileTask& task, int64_t block_count, int64_t block_bytes,
                      int64_t channels) = nullptr;
-  // Optional: rewrites a block of 3 bits as one of 4. From `expand_rows` rows on, that and a run at 4
-  // bits are faster than a run at 3.
-  void (*expand_block)(const KPiece* pieces, int64_t piece_count, const uint8_t* block, uint8_t* expanded) = nullptr;
-  int64_t expand_rows = 0;
+  // Optional: rewrites a block of `bits` as one of expanded_bits(bits). From expand_rows(bits) rows on, that
+  // and a run at those bits are faster than a run at `bits`.
+  void (*expand_block)(int bits, const KPiece* pieces, int64_t piece_count, const uint8_t* block,
+                       uint8_t* expanded) = nullptr;
+  int64_t (*expand_rows)(int bits) = nullptr;
   // Channels that one call of run_blocks should get where the layer has them, because they share what
   // the call does for its rows.
   int64_t channels_at_once = 0;
@@ -203,7 +210,11 @@ struct LinearKernel {
   // no thread idle.
   int64_t (*scratch_bytes)(int bits, const TileTask& task) = nullptr;
   int64_t channels_per_copy = 0;
+  bool takes_trits = false;  // kTrits for bits
 };
+
+// The bits whose kernels need no unpacking that those of `bits` need; `bits` itself where there are none.
+constexpr int expanded_bits(int bits) { return bits == 3 ? 4 : bits == kTrits ? 2 : bits; }
 
 // Null if this build has no such variant.
 const LinearKernel* linear_kernel(Isa isa);
@@ -213,13 +224,15 @@ const LinearKernel* linear_kernel_reference();
 const LinearKernel* linear_kernel_avx2();
 const LinearKernel* linear_kernel_avx_vnni();
 const LinearKernel* linear_kernel_avx512_vnni();
+const LinearKernel* linear_kernel_avx512_vbmi();
 const LinearKernel* linear_kernel_amx();
 const LinearKernel* linear_kernel_neon_dotprod();
 const LinearKernel* linear_kernel_neon_i8mm();
 
-// The bits that codes of `bits` are stored with: where a kernel's 4-bit form takes fewer instructions
-// than its 3-bit form, a weight that stays in a core's L2 has 4 for 3.
-int stored_bits(const LinearKernel& kernel, int bits, int64_t n, int64_t k);
+// The bits that codes of this shape are stored with: 4 for 3 in a weight that stays in a core's L2, where a
+// kernel's 4-bit form takes fewer instructions than its 3-bit form; kTrits for ternary codes in one that does
+// not stay in those of the threads that there are now, where bytes are what a single row waits for.
+int stored_bits(const LinearKernel& kernel, const LinearShape& shape);
 
 // Packed codes, scales and zeros of one weight over any pieces: what linear_pack writes after its
 // header, and what a convolution keeps one of for each of its channel groups.

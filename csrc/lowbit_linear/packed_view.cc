@@ -70,9 +70,10 @@ bool find_uniform_zero(int bits, const float* zero, int64_t count, int32_t* unif
 bool sound(const ViewHeader& header, const KPiece* pieces) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   const int bits = header.bits;
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) return false;
+  if (bits != kTrits && bits != 2 && bits != 3 && bits != 4 && bits != 8) return false;
   if (header.n < 0 || header.n >= kLimit || header.groups < 0 || header.groups > header.piece_count) return false;
-  if (header.uniform_zero < 0 || header.uniform_zero >= 1 << bits || (header.has_zeros | 1) != 1) return false;
+  if (header.uniform_zero < 0 || header.uniform_zero >= 1 << std::max(2, bits) || (header.has_zeros | 1) != 1)
+    return false;
   if ((header.has_sums | 1) != 1) return false;
   int64_t k = 0, group = 0;
   for (int64_t p = 0; p < header.piece_count; ++p) {
@@ -86,7 +87,7 @@ bool sound(const ViewHeader& header, const KPiece* pieces) {
   return true;
 }
 
-// Blocks of 4 bits in the thread's memory, as many as L2 holds beside the activations; null when out
+// Expanded blocks in the thread's memory, as many as L2 holds beside the activations; null when out
 // of memory.
 struct Expanded {
   uint8_t* blocks = nullptr;
@@ -94,10 +95,10 @@ struct Expanded {
 };
 
 Expanded make_room(const PackedView& view, int64_t blocks) {
-  constexpr int64_t kBytes = 512 << 10;
+  const int64_t kBytes = view.bits == kTrits ? 1 << 20 : 512 << 10;
   thread_local Scratch scratch;
   Expanded room;
-  room.block_bytes = align(view.kernel->block_bytes(4, view.pieces, view.piece_count));
+  room.block_bytes = align(view.kernel->block_bytes(expanded_bits(view.bits), view.pieces, view.piece_count));
   room.count = std::clamp<int64_t>(kBytes / std::max<int64_t>(1, room.block_bytes), 1, blocks);
   room.blocks = scratch.get(room.count * room.block_bytes);
   return room;
@@ -116,6 +117,13 @@ void add_halves(const float* half, int64_t ldh, int64_t row_count, int64_t n, co
   }
 }
 
+// True if so many rows are worth expanded blocks.
+bool expands(const PackedView& view, int64_t row_count) {
+  const LinearKernel& kernel = *view.kernel;
+  return expanded_bits(view.bits) != view.bits && kernel.expand_block != nullptr &&
+         row_count >= kernel.expand_rows(view.bits);
+}
+
 TileTask task_of(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
                  int64_t row_count) {
   TileTask task = {};
@@ -132,9 +140,17 @@ TileTask task_of(const PackedView& view, const int8_t* const* rows, const float*
 
 }  // namespace
 
-int stored_bits(const LinearKernel& kernel, int bits, int64_t n, int64_t k) {
-  constexpr int64_t kCacheBytes = 1 << 20;
-  return bits == 3 && kernel.expand_block != nullptr && n * k / 2 <= kCacheBytes ? 4 : bits;
+int stored_bits(const LinearKernel& kernel, const LinearShape& shape) {
+  // Bytes at 4 bits that fit a core's L2 beside the rest, and at 2 bits that each thread's L2 holds little of.
+  constexpr int64_t kFourBitBytes = 1 << 20, kTwoBitBytes = 5 << 19;
+  const int64_t codes = shape.n * shape.k;
+  if (shape.bits == 3 && kernel.expand_block != nullptr && codes / 2 <= kFourBitBytes) return 4;
+  // Groups that are no multiple of what a step takes would fill it up.
+  const bool one_group = shape.group_size >= shape.k && shape.k <= kMaxGroupK;
+  const bool decodes = shape.activations == Activations::int8;  // the other modes have rows in pairs or short groups
+  return shape.ternary && kernel.takes_trits && one_group && decodes && codes / 4 > kTwoBitBytes * available_threads()
+             ? kTrits
+             : shape.bits;
 }
 
 int64_t packed_view_bytes(const LinearKernel& kernel, int bits, int64_t n, int64_t groups, const KPiece* pieces,
@@ -203,7 +219,7 @@ Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t 
     return Status::wrong_layout;
   }
   const auto* pieces = reinterpret_cast<const KPiece*>(base + pieces_at);
-  if (!sound(header, pieces)) return Status::wrong_layout;
+  if (!sound(header, pieces) || (header.bits == kTrits && !kernel.takes_trits)) return Status::wrong_layout;
   const Parts at =
       parts_of(kernel, header.bits, header.n, header.groups, pieces, header.piece_count, header.has_sums != 0);
   if (at.end != header.bytes) return Status::wrong_layout;
@@ -271,7 +287,7 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   bool copies = false;  // the kernel copies the activations at every call
   if (view.kernel->scratch_bytes != nullptr && row_count > 0) {
     const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
-    copies = view.kernel->scratch_bytes(view.bits, task) > 0;
+    copies = view.kernel->scratch_bytes(expands(view, task.row_count) ? expanded_bits(view.bits) : view.bits, task) > 0;
   }
   if (copies) {  // chunks of equal height, as many for every thread
     const int64_t sharing = available_threads();
@@ -348,7 +364,7 @@ void run_blocks(const PackedView& view, TileTask task, const float* bias, float*
   const int64_t block_n = view.kernel->block_n, row_count = task.row_count;
   const LinearKernel& kernel = *view.kernel;
   Expanded room;
-  if (view.bits == 3 && kernel.expand_block != nullptr && row_count >= kernel.expand_rows) {
+  if (expands(view, row_count)) {
     room = make_room(view, block_end - block_begin);
   }
   int64_t count = 1;
@@ -366,10 +382,10 @@ void run_blocks(const PackedView& view, TileTask task, const float* bias, float*
     if (room.blocks != nullptr) {
       count = std::min(block_end - b, kernel.run_blocks == nullptr ? 1 : room.count);
       for (int64_t i = 0; i < count; ++i) {
-        kernel.expand_block(view.pieces, view.piece_count, task.weight + i * block_bytes,
+        kernel.expand_block(view.bits, view.pieces, view.piece_count, task.weight + i * block_bytes,
                             room.blocks + i * room.block_bytes);
       }
-      bits = 4;
+      bits = expanded_bits(view.bits);
       block_bytes = room.block_bytes;
       task.weight = room.blocks;
     }

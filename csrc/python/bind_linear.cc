@@ -13,13 +13,14 @@ namespace py = pybind11;
 
 namespace {
 
-bw::LinearShape shape_of(int64_t n, int64_t k, int bits, int64_t group_size, int activations) {
+bw::LinearShape shape_of(int64_t n, int64_t k, int bits, int64_t group_size, int activations, bool ternary) {
   bw::LinearShape shape;
   shape.n = n;
   shape.k = k;
   shape.bits = bits;
   shape.group_size = group_size;
   shape.activations = static_cast<bw::Activations>(activations);
+  shape.ternary = ternary;
   return shape;
 }
 
@@ -166,25 +167,28 @@ void bind_linear(py::module_& module) {
   module.def(
       "linear_select", [](const char* ceiling) { return bw::isa_name(bw::linear_select(isa_or_raise(ceiling))); },
       py::arg("ceiling") = "");
-  // activations: 0 int8, 1 int8_block, 2 int16
+  // activations: 0 int8, 1 int8_block, 2 int16; ternary: no code is 3
   module.def(
       "linear_layout_bytes",
-      [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, int activations) {
-        return bw::linear_layout_bytes(shape_of(n, k, bits, group_size, activations), isa_or_raise(isa));
+      [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, int activations, bool ternary) {
+        return bw::linear_layout_bytes(shape_of(n, k, bits, group_size, activations, ternary), isa_or_raise(isa));
       },
-      py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("isa"), py::arg("activations") = 0);
+      py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("isa"), py::arg("activations") = 0,
+      py::arg("ternary") = false);
   module.def(
       "linear_pack",
       [](int64_t n, int64_t k, int bits, int64_t group_size, const char* isa, std::uintptr_t codes,
-         std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t layout, int64_t layout_bytes, int activations) {
+         std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t layout, int64_t layout_bytes, int activations,
+         bool ternary) {
         const bw::Isa target = isa_or_raise(isa);
         py::gil_scoped_release unlocked;
-        return static_cast<int>(bw::linear_pack(shape_of(n, k, bits, group_size, activations), target,
+        return static_cast<int>(bw::linear_pack(shape_of(n, k, bits, group_size, activations, ternary), target,
                                                 as_pointer<uint8_t>(codes), as_pointer<float>(scale),
                                                 as_pointer<float>(zero), as_pointer<void>(layout), layout_bytes));
       },
       py::arg("n"), py::arg("k"), py::arg("bits"), py::arg("group_size"), py::arg("isa"), py::arg("codes"),
-      py::arg("scale"), py::arg("zero"), py::arg("layout"), py::arg("layout_bytes"), py::arg("activations") = 0);
+      py::arg("scale"), py::arg("zero"), py::arg("layout"), py::arg("layout_bytes"), py::arg("activations") = 0,
+      py::arg("ternary") = false);
   module.def("linear_unpack", [](std::uintptr_t layout, int64_t layout_bytes, std::uintptr_t codes,
                                  std::uintptr_t scale, std::uintptr_t zero) {
     return static_cast<int>(bw::linear_unpack(as_pointer<void>(layout), layout_bytes, as_pointer<uint8_t>(codes),
@@ -195,11 +199,12 @@ void bind_linear(py::module_& module) {
       [](std::uintptr_t layout, int64_t layout_bytes) {
         bw::LinearShape shape;
         bw::Isa isa = bw::Isa::reference;
-        const bw::Status status = bw::linear_describe(as_pointer<void>(layout), layout_bytes, &shape, &isa);
+        double stored = 0.0;
+        const bw::Status status = bw::linear_describe(as_pointer<void>(layout), layout_bytes, &shape, &isa, &stored);
         return py::make_tuple(static_cast<int>(status), shape.n, shape.k, shape.bits, shape.group_size,
-                              bw::isa_name(isa), static_cast<int>(shape.activations));
+                              bw::isa_name(isa), static_cast<int>(shape.activations), stored);
       },
-      "(status, n, k, bits, group_size, kernel, activations) of a packed buffer");
+      "(status, n, k, bits, group_size, kernel, activations, stored bits a code) of a packed buffer");
   add_linear_forward(module);
   py::class_<LinearGroup>(module, "LinearGroup", "Packed weights over the same rows: [(layout, bytes, bias), ..]")
       .def(py::init<const std::vector<std::tuple<std::uintptr_t, int64_t, std::uintptr_t>>&>())

@@ -23,6 +23,7 @@ struct Features {
   bool avx_vnni = false;
   bool avx512 = false;
   bool avx512_vnni = false;
+  bool avx512_vbmi = false;
   bool amx = false;
   bool amx_cpu = false;  // the CPU has AMX, whether or not the kernel lets us use it
   bool neon = false;
@@ -63,7 +64,8 @@ Features detect() {
   const bool avx512 = ((b >> 16) & 1) && ((b >> 17) & 1) && ((b >> 30) & 1) && ((b >> 31) & 1);  // F DQ BW VL
   f.avx512 = f.avx2 && zmm_state && avx512;
   f.avx512_vnni = f.avx512 && ((c >> 11) & 1);
-  f.amx_cpu = f.avx512_vnni && ((d >> 24) & 1) && ((d >> 25) & 1);
+  f.avx512_vbmi = f.avx512_vnni && ((c >> 1) & 1);
+  f.amx_cpu = f.avx512_vbmi && ((d >> 24) & 1) && ((d >> 25) & 1);
   f.amx = f.amx_cpu && tile_state && request_amx_state();
   f.avx_vnni = f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ((a >> 4) & 1);
   return f;
@@ -119,6 +121,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx512_vnni:
       return "avx512_vnni";
+    case Isa::avx512_vbmi:
+      return "avx512_vbmi";
     case Isa::amx:
       return "amx";
     case Isa::neon:
@@ -148,6 +152,8 @@ const char* isa_missing(Isa isa) {
       return f.avx512 ? nullptr : "the CPU lacks AVX-512 F, BW, VL or DQ";
     case Isa::avx512_vnni:
       return f.avx512_vnni ? nullptr : "the CPU lacks AVX-512 VNNI";
+    case Isa::avx512_vbmi:
+      return f.avx512_vbmi ? nullptr : "the CPU lacks AVX-512 VBMI";
     case Isa::amx:
       if (f.amx) return nullptr;
       return f.amx_cpu ? "the operating system does not grant the AMX tile state" : "the CPU lacks AMX-INT8";
@@ -185,8 +191,8 @@ const char* isa_ceiling(Isa* ceiling) {
   if (!isa_from_name(forced, ceiling)) {
     std::snprintf(
         sentence, sizeof sentence,
-        "BANTAMWEIGHT_FORCE_KERNEL=%.40s names no kernel; allowed are amx, avx512_vnni, avx512, avx_vnni, avx2, "
-        "neon_i8mm, neon_dotprod, neon and reference",
+        "BANTAMWEIGHT_FORCE_KERNEL=%.40s names no kernel; allowed are amx, avx512_vbmi, avx512_vnni, avx512, "
+        "avx_vnni, avx2, neon_i8mm, neon_dotprod, neon and reference",
         forced);
     return sentence;
   }

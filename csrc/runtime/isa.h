@@ -15,14 +15,15 @@ enum class Isa : int {
   avx_vnni = 2,     // the above + VNNI in 256 bits; CPUs with AVX-512 may lack it
   avx512 = 3,       // avx2 + F, BW, VL, DQ
   avx512_vnni = 4,  // the above + VNNI
-  amx = 5,          // the above + AMX-TILE + AMX-INT8, and the operating system's leave to use them
+  avx512_vbmi = 5,  // the above + VBMI
+  amx = 6,          // the above + AMX-TILE + AMX-INT8, and the operating system's leave to use them
   neon = 11,        // AArch64 baseline
   neon_dotprod = 12,
   neon_i8mm = 13,
 };
 
-constexpr Isa kAllIsas[] = {Isa::amx,       Isa::avx512_vnni,  Isa::avx512, Isa::avx_vnni, Isa::avx2,
-                            Isa::neon_i8mm, Isa::neon_dotprod, Isa::neon,   Isa::reference};
+constexpr Isa kAllIsas[] = {Isa::amx,  Isa::avx512_vbmi, Isa::avx512_vnni,  Isa::avx512, Isa::avx_vnni,
+                            Isa::avx2, Isa::neon_i8mm,   Isa::neon_dotprod, Isa::neon,   Isa::reference};
 
 const char* isa_name(Isa isa);
 

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 RECORD = Path(__file__).with_suffix(".json")
-KERNELS = ("avx2", "avx_vnni", "avx512_vnni", "amx", "neon_dotprod", "neon_i8mm")
+KERNELS = ("avx2", "avx_vnni", "avx512_vnni", "avx512_vbmi", "amx", "neon_dotprod", "neon_i8mm")
 PRODUCT = re.compile(r"vpdpbusds?|vpmaddubsw|vpmaddwd|tdpb\w+|[su]dot|usdot|[su]mmla|usmmla")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\s+([a-z][\w.]*)\s*(.*)$")

@@ -29,7 +29,8 @@ void every_isa_runs_or_says_why_not() {
     CHECK_NOTE(missing == nullptr || std::strlen(missing) > 5, "%s", isa_name(isa));
   }
   // A later instruction set of a family implies the earlier ones.
-  CHECK(isa_missing(Isa::amx) != nullptr || isa_missing(Isa::avx512_vnni) == nullptr);
+  CHECK(isa_missing(Isa::amx) != nullptr || isa_missing(Isa::avx512_vbmi) == nullptr);
+  CHECK(isa_missing(Isa::avx512_vbmi) != nullptr || isa_missing(Isa::avx512_vnni) == nullptr);
   CHECK(isa_missing(Isa::avx512_vnni) != nullptr || isa_missing(Isa::avx512) == nullptr);
   CHECK(isa_missing(Isa::avx_vnni) != nullptr || isa_missing(Isa::avx2) == nullptr);
   CHECK(isa_missing(Isa::avx512) != nullptr || isa_missing(Isa::avx2) == nullptr);

@@ -12,6 +12,10 @@
 #include "check.h"
 #include "lowbit_linear/lowbit_linear.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 using namespace bantamweight;
 
 namespace {
@@ -438,6 +442,132 @@ void three_bits_by_size(Isa isa) {
   }
 }
 
+// Ternary codes in 5/3 bits, forced at every size: rows for each of the kernel's ways, from one row to the
+// blocks that it expands, and pieces and channels that fill no step. The reference has them in 2 bits.
+void trits(Isa isa) {
+  const LinearKernel& kernel = *linear_kernel(isa);
+  const LinearKernel& reference = *linear_kernel(Isa::reference);
+  CHECK(kernel.takes_trits == (isa == Isa::avx512_vbmi || isa == Isa::amx));
+  if (!kernel.takes_trits) return;
+  check::Random random(21);
+  const int64_t row_counts[] = {1, 2, 3, 4, 5, 6, 7, 11, 16, 17, 23, 24, 37, 47, 48, 64, 101},
+                widths[] = {1, 15, 16, 17, 32, 33, 63, 64, 65, 130, 200},
+                sizes[] = {1, 5, 23, 24, 25, 48, 63, 64, 65, 96, 130, 191, 192, 193, 200, 520, 1001};
+  for (int round = 0; round < 260; ++round) {
+    const int64_t m = row_counts[round % 17], n = widths[round % 11], groups = round % 4 == 3 ? 1 + random.below(4) : 1;
+    std::vector<KPiece> pieces;
+    int64_t k = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t size = sizes[random.below(17)];
+      pieces.push_back({k, size, k, g});
+      k += size;
+    }
+    std::vector<uint8_t> codes(static_cast<size_t>(n * k));
+    for (uint8_t& code : codes) code = round % 13 == 0 ? 2 : static_cast<uint8_t>(random.below(3));
+    std::vector<float> scale(static_cast<size_t>(n * groups)), zero(scale.size(), 1.0f), bias(static_cast<size_t>(n));
+    for (float& s : scale) s = random.uniform();
+    for (float& b : bias) b = random.uniform();
+    if (round % 3 == 1) {
+      for (float& z : zero) z = 3.0f * random.uniform();
+    }
+    const int64_t row_step = (k + 63) / 64 * 64;
+    std::vector<int8_t> data(static_cast<size_t>(m * row_step + 64));
+    for (int8_t& a : data) a = round % 13 == 0 ? -127 : static_cast<int8_t>(random.below(255) - 127);
+    std::vector<const int8_t*> rows;
+    std::vector<float> row_scale;
+    std::vector<int32_t> row_sums;
+    for (int64_t r = 0; r < m; ++r) {
+      rows.push_back(data.data() + (round % 2 == 0 ? r : random.below(static_cast<int>(m))) * row_step);
+      row_scale.push_back(0.5f + 0.01f * static_cast<float>(r));
+      for (const KPiece& p : pieces) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < p.k_size; ++i) sum += rows.back()[p.row_offset + i];
+        row_sums.push_back(sum);
+      }
+    }
+    std::vector<float> out[2];
+    const LinearKernel* kernels[] = {&kernel, &reference};
+    for (int which = 0; which < 2; ++which) {
+      const LinearKernel& one = *kernels[which];
+      const int bits = which == 0 ? kTrits : 2;
+      const int64_t bytes = packed_view_bytes(one, bits, n, groups, pieces.data(), groups);
+      void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
+      packed_view_write(one, bits, 2, n, groups, pieces.data(), groups, codes.data(), k, scale.data(), zero.data(),
+                        memory);
+      PackedView view;
+      CHECK(packed_view_read(one, memory, bytes, &view) == Status::ok && view.bits == bits);
+      std::vector<uint8_t> codes_back(codes.size(), 7);
+      std::vector<float> scale_back(scale.size()), zero_back(zero.size());
+      packed_view_unpack(view, k, codes_back.data(), scale_back.data(), zero_back.data());
+      CHECK(codes_back == codes && same_bits(scale_back, scale) && same_bits(zero_back, zero));
+      out[which].assign(static_cast<size_t>(m * (n + 1)), kUntouched);
+      packed_view_run(view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(), n + 1);
+      std::free(memory);
+    }
+    CHECK_NOTE(same_bits(out[0], out[1]), "%s: trits, m=%d n=%d k=%d in %d groups", isa_name(isa), static_cast<int>(m),
+               static_cast<int>(n), static_cast<int>(k), static_cast<int>(groups));
+  }
+}
+
+// Ternary layers take 5/3 bits a code where their 2-bit bytes outgrow the L2 of the threads, in one group
+// and with int8 rows; and may be read with any number of threads.
+void ternary_by_size(Isa isa) {
+#if defined(_OPENMP)
+  const int threads = omp_get_max_threads();
+  omp_set_num_threads(1);
+#endif
+  check::Random random(22);
+  const bool takes = linear_kernel(isa)->takes_trits;
+  const LinearShape large = {1301, 8201, 2, 8201, Activations::int8, true};
+  const auto bytes_of = [&](LinearShape shape, bool ternary) {
+    shape.ternary = ternary;
+    return static_cast<double>(linear_layout_bytes(shape, isa));
+  };
+  const double ratio = bytes_of(large, true) / bytes_of(large, false);
+  CHECK_NOTE(takes ? ratio < 0.85 : ratio == 1.0, "%s: %g of the bytes", isa_name(isa), ratio);
+  for (const LinearShape& kept : {LinearShape{1301, 801, 2, 801}, LinearShape{1301, 8201, 2, 1024},
+                                  LinearShape{1301, 8201, 2, 8201, Activations::int16},
+                                  LinearShape{1301, 8201, 2, 8201, Activations::int8_block}}) {
+    CHECK(bytes_of(kept, true) == bytes_of(kept, false));
+  }
+  CHECK(linear_layout_bytes({8, 8, 4, 8, Activations::int8, true}, isa) == -1);
+
+  const Weights w = make_weights(large, Zeros::uniform, random, 3);
+  const Layout tested(w, isa);
+#if defined(_OPENMP)
+  omp_set_num_threads(threads > 1 ? threads : 2);
+#endif
+  check_unpack(tested, w, isa);
+  LinearShape shape;
+  Isa read_isa = Isa::reference;
+  double stored = 0.0;
+  CHECK(linear_describe(tested.data(), tested.bytes(), &shape, &read_isa, &stored) == Status::ok);
+  CHECK(shape.ternary && stored == (takes ? 5.0 / 3.0 : 2.0));
+  if (takes) {  // the rest is as at any size
+    const Layout oracle(w, Isa::reference);
+    std::vector<float> x(static_cast<size_t>(7 * large.k)), residual(static_cast<size_t>(7 * large.n));
+    for (float& v : x) v = random.uniform();
+    for (float& v : residual) v = random.uniform();
+    std::vector<float> y[2];
+    for (int which = 0; which < 2; ++which) {
+      const Layout& layout = which == 0 ? tested : oracle;
+      y[which].assign(residual.size(), kUntouched);
+      LinearArgs args;
+      args.x = x.data();
+      args.ldx = large.k;
+      args.m = 7;
+      args.epilogue = {Activation::relu, residual.data(), large.n};
+      args.y = y[which].data();
+      args.ldy = large.n;
+      CHECK(linear_forward(layout.data(), layout.bytes(), args) == Status::ok);
+    }
+    CHECK(same_bits(y[0], y[1]));
+  }
+#if defined(_OPENMP)
+  omp_set_num_threads(threads);
+#endif
+}
+
 void bad_input(Isa isa) {
   check::Random random(5);
   const LinearShape shape = {19, 37, 4, 16};
@@ -584,6 +714,8 @@ int main() {
     many_rows(isas[i]);
     fused(isas[i]);
     three_bits_by_size(isas[i]);
+    trits(isas[i]);
+    ternary_by_size(isas[i]);
     bad_input(isas[i]);
     forced_ran = true;
     std::printf("  %-12s %s\n", isa_name(isas[i]),

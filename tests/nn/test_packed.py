@@ -62,6 +62,46 @@ def test_every_kernel_can_be_forced(kernel: str, monkeypatch: pytest.MonkeyPatch
     assert_equal_to_rounding(packed, torch.randn(9, 200))
 
 
+TRIT_KERNELS = [name for name in KERNELS if name in ("amx", "avx512_vbmi")]
+
+
+@pytest.mark.skipif(not TRIT_KERNELS, reason="no kernel of this CPU stores ternary codes in 5/3 bits")
+@torch.no_grad()
+def test_large_ternary_layers_take_fewer_than_two_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    n, k = 1303, 8190
+    large, bias = weight(n, k, 3), torch.randn(n)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", "avx512_vnni")
+        plain = PackedLinear.from_quantized(large, bias)
+        small = PackedLinear.from_quantized(weight(40, k))
+        assert plain.stored_bits == 2 and "bits in memory" not in repr(plain)
+        for kernel in TRIT_KERNELS:
+            monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", kernel)
+            packed = PackedLinear.from_quantized(large, bias)
+            assert packed.kernel == kernel and f"packed ternary {kernel}, 1.67 bits in memory" in repr(packed)
+            assert packed.layout.nbytes < 0.85 * plain.layout.nbytes
+            assert packed.quantized.equals(large)
+            loaded = PackedLinear.from_quantized(weight(n, k, 3), torch.zeros(n))
+            loaded.load_state_dict(packed.state_dict())
+            assert loaded.stored_bits == packed.stored_bits and torch.equal(loaded.layout, packed.layout)
+            for rows in (1, 2, 5, 70):
+                x = torch.randn(rows, k)
+                assert torch.equal(packed(x), plain(x))
+            x = torch.randn(3, k)
+            assert torch.equal(PackedLinears([packed, small])(x)[0], plain(x))
+            torch.set_num_threads(before)
+            assert torch.equal(copy.deepcopy(packed)(x), plain(x))  # packed for one thread, run with others
+            torch.set_num_threads(1)
+            for activations in ("int8-block", "int16"):
+                assert PackedLinear.from_quantized(large, activations=activations).stored_bits == 2
+            assert PackedLinear.from_quantized(weight(n, k, 3, 630)).stored_bits == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_kernel_this_cpu_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANTAMWEIGHT_FORCE_KERNEL", "abacus")
     with pytest.raises(KernelError, match="BANTAMWEIGHT_FORCE_KERNEL=abacus names no kernel"):

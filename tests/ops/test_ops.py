@@ -88,6 +88,7 @@ def test_pack_and_unpack_are_inverse() -> None:
     layout = pack_linear(w, "reference")
     found = describe_linear(layout)
     assert (found.out_features, found.in_features, found.bits, found.kernel) == (33, 70, 3, "reference")
+    assert found.stored_bits == 3
     assert unpack_linear(layout, 8).equals(w)
 
 

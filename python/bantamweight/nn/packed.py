@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from .._C import LinearGroup, conv_forward, linear_forward
 from ..errors import BantamweightError
+from ..io.bitpack import bits_for
 from ..ops.lowbit_conv2d import Conv2dLayout, describe_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
 from ..ops.lowbit_linear import ALIGNMENT, check_input, check_status, describe_linear, pack_linear, unpack_linear
 from ..ops.quantized_rows import QuantizedRows
@@ -115,6 +116,7 @@ class PackedLinear(PackedLayer):
 
     out_features: int
     in_features: int
+    stored_bits: float  # of a code in `layout`, which the kernel chooses by size: 4 for 3, 5/3 for ternary
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None, *, activations: str = "int8") -> None:
         self.__dict__["activations"] = activations
@@ -133,7 +135,8 @@ class PackedLinear(PackedLayer):
 
     def pack(self, quantized: QuantizedWeight) -> Tensor:
         layout = pack_linear(quantized, activations=self.activations)
-        self.kernel = describe_linear(layout).kernel
+        found = describe_linear(layout)
+        self.kernel, self.stored_bits = found.kernel, found.stored_bits
         return layout
 
     @property
@@ -205,7 +208,8 @@ class PackedLinear(PackedLayer):
         return torch.ops.bantamweight.lowbit_linear(x, self.layout, self.bias, self.out_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
+        stored = "" if self.stored_bits == bits_for(self.levels) else f", {self.stored_bits:.3g} bits in memory"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}{stored}"
 
 
 class PackedConv2d(PackedLayer):

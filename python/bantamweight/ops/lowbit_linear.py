@@ -31,6 +31,7 @@ class LinearLayout:
     group_size: int
     kernel: str
     activations: str
+    stored_bits: float  # of a code as it lies in memory: 4 for 3 in a small layer, 5/3 for ternary in a large one
 
 
 def check_activations(activations: str) -> None:
@@ -64,7 +65,8 @@ def pack_linear(weight: QuantizedWeight, kernel: str | None = None, activations:
     n, k = weight.out_features, weight.in_features
     # One group of a whole row may be written with any larger size; the kernels want the row's own.
     group_size = min(weight.group_size, max(k, 1))
-    size = _C.linear_layout_bytes(n, k, weight.bits, group_size, isa, mode)
+    ternary = weight.levels == 3
+    size = _C.linear_layout_bytes(n, k, weight.bits, group_size, isa, mode, ternary)
     if size < 0 and _C.linear_layout_bytes(n, k, weight.bits, group_size, isa) >= 0:
         raise KernelError(
             f"activations 'int8-block' are rounded {BLOCK} columns at a time, which groups of {group_size} neither "
@@ -90,6 +92,7 @@ def pack_linear(weight: QuantizedWeight, kernel: str | None = None, activations:
             layout.data_ptr(),
             size,
             mode,
+            ternary,
         ),
         f"packing a {n}x{k} weight",
     )
@@ -120,7 +123,7 @@ def describe_linear(layout: Tensor) -> LinearLayout:
             f"the packed weight is {layout.dtype} on {layout.device}, but must be contiguous uint8 on the CPU; "
             "make it with pack_linear"
         )
-    status, n, k, bits, group_size, kernel, mode = _C.linear_describe(layout.data_ptr(), layout.numel())
+    status, n, k, bits, group_size, kernel, mode, stored = _C.linear_describe(layout.data_ptr(), layout.numel())
     check_status(status, "reading a packed weight")
     return LinearLayout(
         out_features=n,
@@ -129,6 +132,7 @@ def describe_linear(layout: Tensor) -> LinearLayout:
         group_size=group_size,
         kernel=kernel,
         activations=ACTIVATIONS[mode],
+        stored_bits=stored,
     )
 
 
