@@ -4,6 +4,7 @@
 PYBIND11_MODULE(_C, module) {
   module.doc() = "bantamweight's kernels over raw pointers; every function that works returns a status code (0 is ok)";
   bind_runtime(module);
+  bind_attention(module);
   bind_batch_norm(module);
   bind_linear(module);
   bind_conv(module);

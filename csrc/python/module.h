@@ -9,6 +9,7 @@
 #include "runtime/status.h"
 
 void bind_runtime(pybind11::module_& module);
+void bind_attention(pybind11::module_& module);
 void bind_batch_norm(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_conv(pybind11::module_& module);

@@ -27,6 +27,11 @@ struct Floats {
   // min(|v|, end), and `end` for NaN.
   static inline Vector smaller_magnitude(Vector v, Vector end) { return smaller(absolute(v), end); }
   static inline Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+  static inline float largest(Vector eight) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
   // |v| where it is above `largest`, which is not negative. The bits of magnitudes order as the floats do, with
   // infinity and NaN above every number.
   static inline Vector larger_magnitude(Vector largest, Vector v) {
@@ -39,6 +44,11 @@ struct Floats {
     bits = _mm_max_epi32(bits, _mm_shuffle_epi32(bits, 0x4e));
     bits = _mm_max_epi32(bits, _mm_shuffle_epi32(bits, 0xb1));
     return _mm_cvtss_f32(_mm_castsi128_ps(bits));
+  }
+
+  // 2^(e - 127) where the low bits of v's fraction hold e, from 0 to 255.
+  static inline Vector shifted_to_exponent(Vector v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 23));
   }
 
   // Lane i meets i + 4, then i + 2 and i + 1.

@@ -27,6 +27,7 @@ struct Floats {
   // min(|v|, end), and `end` for NaN.
   static inline Vector smaller_magnitude(Vector v, Vector end) { return _mm512_range_ps(v, end, 0b1010); }
   static inline Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+  static inline float largest(Vector v) { return _mm512_reduce_max_ps(v); }
   // |v| where it is above `largest`, which is not negative. The bits of magnitudes order as the floats do, with
   // infinity and NaN above every number.
   static inline Vector larger_magnitude(Vector largest, Vector v) {
@@ -38,6 +39,11 @@ struct Floats {
     float largest;
     __builtin_memcpy(&largest, &bits, sizeof largest);
     return largest;
+  }
+
+  // 2^(e - 127) where the low bits of v's fraction hold e, from 0 to 255.
+  static inline Vector shifted_to_exponent(Vector v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 23));
   }
 
   // Lane i meets i + 8, then i + 4, i + 2 and i + 1.

@@ -28,6 +28,7 @@ struct Floats {
   // min(|v|, end), and `end` for NaN.
   static inline Vector smaller_magnitude(Vector v, Vector end) { return smaller(absolute(v), end); }
   static inline Vector larger(Vector a, Vector b) { return vmaxnmq_f32(a, b); }
+  static inline float largest(Vector v) { return vmaxnmvq_f32(v); }
   // |v| where it is above `largest`, which is not negative. The bits of magnitudes order as the floats do, with
   // infinity and NaN above every number.
   static inline Vector larger_magnitude(Vector largest, Vector v) {
@@ -39,6 +40,11 @@ struct Floats {
     float largest;
     __builtin_memcpy(&largest, &bits, sizeof largest);
     return largest;
+  }
+
+  // 2^(e - 127) where the low bits of v's fraction hold e, from 0 to 255.
+  static inline Vector shifted_to_exponent(Vector v) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(v), 23));
   }
 
   // Lane i meets i + 2, then i + 1.

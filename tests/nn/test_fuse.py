@@ -107,6 +107,23 @@ def test_bert_blocks(activation: Any) -> None:
     assert block(x)[1] is None and block(x, None, output_attentions=True)[1] is not None
 
 
+@torch.no_grad()
+def test_bert_blocks_give_the_same_however_the_batch_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 6, WIDTH)
+    fused = fuse(packed(Encoder(Block(), Block()), x))
+    mask = torch.zeros(5, 1, 6, 6)
+    mask[3, ..., 2:] = -1e9
+    whole, masked = fused(x), fused(x, mask)
+    repeated = fused(x, mask[3])
+    assert not torch.equal(whole, masked)
+    for items in (1, 2):
+        monkeypatch.setattr("bantamweight.nn.transformer_blocks._CACHE_BYTES", items * 3 * 4 * 6 * WIDTH)
+        assert torch.equal(fused(x), whole)
+        assert torch.equal(fused(x, mask), masked)
+        assert torch.equal(fused(x, mask[3]), repeated)
+    assert fused(x[:0]).shape == (0, 6, WIDTH)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @torch.no_grad()

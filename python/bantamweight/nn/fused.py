@@ -73,7 +73,7 @@ class _Fused(nn.Module):
         return x.numel() // k if k else x.shape[:-1].numel(), x, _NO_ROWS
 
 
-def _graph(x: object) -> bool:
+def in_graph(x: object) -> bool:
     """True where the extension cannot be called: in a graph, and for tensors that are more than a plain one."""
     return (isinstance(x, Tensor) and type(x) is not Tensor) or is_compiling() or is_tracing()
 
@@ -112,7 +112,7 @@ class PackedLinears(_Fused):
             BantamweightError: x is neither such a tensor nor such rows, or requires a gradient.
             KernelError: x holds NaN or infinity.
         """
-        if _graph(x):
+        if in_graph(x):
             return tuple(layer(x) for layer in self.layers)
         m, floats, rows = self._rows_of(x, self.in_features, f"PackedLinears of {self.in_features} inputs")
         key = [layer._addresses for layer in self.layers]  # type: ignore[union-attr]
@@ -164,7 +164,7 @@ class PackedChain(_Fused):
             BantamweightError: x or the residual is not what the stages take, or x requires a gradient.
             KernelError: x or an intermediate output holds NaN or infinity.
         """
-        if _graph(x):
+        if in_graph(x):
             return self._compose(x, residual)  # type: ignore[arg-type]
         y, _ = self.run(x, residual)
         if type(x) is Tensor and x.dtype is not torch.float32:
@@ -172,11 +172,20 @@ class PackedChain(_Fused):
         return y
 
     def run(
-        self, x: Tensor | QuantizedRows, residual: Tensor | None = None, *, group_size: int | None = None
+        self,
+        x: Tensor | QuantizedRows,
+        residual: Tensor | None = None,
+        *,
+        group_size: int | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, QuantizedRows | None]:
-        """As forward, in float32, and with a group size the outputs as `QuantizedRows` too."""
+        """As forward, in float32, and with a group size the outputs as `QuantizedRows` too; into `out` where given."""
         shape = torch.Size((*x.shape[:-1], self.out_features))
-        y = torch.empty(shape, dtype=torch.float32, device="cpu")
+        if out is not None and (out.shape != shape or out.dtype is not torch.float32 or not out.is_contiguous()):
+            raise BantamweightError(
+                f"{self._name} writes contiguous float32 {list(shape)}, but out is {out.dtype} {list(out.shape)}"
+            )
+        y = torch.empty(shape, dtype=torch.float32, device="cpu") if out is None else out
         rounded = None if group_size is None else QuantizedRows.empty(shape, group_size)
         self._call(x, residual, y.data_ptr(), rounded)
         return y, rounded

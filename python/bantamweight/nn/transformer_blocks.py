@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import BantamweightError
-from .fused import ACTIVATIONS, PackedChain, PackedFFN, PackedLinears, Stage
+from ..ops.attention import attention
+from .fused import ACTIVATIONS, PackedChain, PackedFFN, PackedLinears, Stage, in_graph
 from .packed import PackedLinear
+
+_CACHE_BYTES = 2 << 20  # of queries, keys and values at a time
 
 
 def fused_block(block: nn.Module) -> nn.Module | None:
@@ -17,8 +20,8 @@ def fused_block(block: nn.Module) -> nn.Module | None:
 
     nn.TransformerEncoderLayer: the feed-forward half with its layer norm becomes a `PackedFFN` (its attention reads a
     float weight and stays torch's). Blocks built as BERT's in the transformers package: query, key and value become
-    `PackedLinears`, torch's scaled_dot_product_attention follows, and everything after it, up to the block's output,
-    is one `PackedChain`. In training mode, or asked for attention weights or a cache, a block runs as before.
+    `PackedLinears`, `ops.attention` follows, and everything after it, up to the block's output, is one `PackedChain`.
+    In training mode, or asked for attention weights or a cache, a block runs as before.
 
     Raises:
         BantamweightError: it is such a block, and cannot be fused; the sentence, which starts with "its", says why.
@@ -84,7 +87,7 @@ class FusedEncoderLayer(nn.Module):
 
 
 class FusedBertLayer(nn.Module):
-    """A block built as BERT's: two calls of the extension with torch's attention between them."""
+    """A block built as BERT's: three calls of the extension."""
 
     qkv: PackedLinears
     block: PackedChain
@@ -122,11 +125,31 @@ class FusedBertLayer(nn.Module):
         asked |= any(v is not None and v is not False for name, v in kwargs.items() if name != "cache_position")
         if asked or self.training:
             return self.layer(hidden_states, attention_mask, *args, **kwargs)
-        heads = (*hidden_states.shape[:-1], self.heads, self.head_size)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(hidden_states))
-        context = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        y = self.block(context.transpose(1, 2).flatten(2), hidden_states)
+        run = self._run_eager if hidden_states.dtype is torch.float32 and not in_graph(hidden_states) else self._compose
+        y = run(hidden_states, attention_mask)
         return (y, *(None,) * (self._tuple - 1)) if self._tuple else y
+
+    def _run_eager(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Some items of the batch at a time, whose queries, keys and values stay in the L2 cache.
+
+        And in the heap: memory for a whole batch's comes from the system, page by page, at every call.
+        """
+        batch, tokens, width = x.shape
+        bytes_of_item = 3 * 4 * tokens * width
+        items = max(1, _CACHE_BYTES // max(bytes_of_item, 1))
+        y = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+        for first in range(0, batch, items):
+            part = slice(first, first + items)
+            q, k, v = self.qkv(x[part])
+            own = mask[part] if mask is not None and mask.ndim == 4 and len(mask) == batch else mask
+            self.block.run(attention(q, k, v, self.heads, own), x[part], out=y[part])
+        return y
+
+    def _compose(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        heads = (*x.shape[:-1], self.heads, self.head_size)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.qkv(x))
+        context = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.block(context.transpose(1, 2).flatten(2), x)
 
     def extra_repr(self) -> str:
         return f"{self.qkv!r}, {self.block!r}"
