@@ -5,10 +5,11 @@
 // The heads lie side by side in a row, as linear layers write them, and so do those of the result: nothing is
 // transposed or copied around it.
 //
-// Every variant gives the same bits: a score is a chain of fused multiply-adds over the head's elements from 0,
-// then times scale plus mask in one; exp(score - the row's largest) as in exponential.h; key i is summed in lane
-// i % 16, and the lanes are folded in halves; an output is a chain of fused multiply-adds over the keys from 0,
-// times the inverse of the sum. A row whose keys are all masked by -infinity gives zeros.
+// Every variant but AMX's gives the same bits: a score is a chain of fused multiply-adds over the head's elements from
+// 0, then times scale plus mask in one; exp(score - the row's largest) as in exponential.h; key i is summed in lane i %
+// 16, and the lanes are folded in halves; an output is a chain of fused multiply-adds over the keys from 0, times the
+// inverse of the sum. A row whose keys are all masked by -infinity gives zeros. AMX's rounds q, k, v and the
+// probabilities to bfloat16 (8 bits of fraction) first, and so runs only where the caller allows it.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +36,8 @@ struct AttentionArgs {
   int64_t mask_batch = 0, mask_head = 0, mask_query = 0;
   int64_t batch = 0, heads = 0, queries = 0, keys = 0, head_size = 0;
   float scale = 1.0f;
-  float* out = nullptr;  // [batch, queries, heads * head_size]
+  bool bfloat16 = false;  // the products may round what they multiply to bfloat16
+  float* out = nullptr;   // [batch, queries, heads * head_size]
   int64_t out_batch = 0, out_row = 0;
 };
 
@@ -53,11 +55,12 @@ struct AttentionTask {
   float scale;
   float* out;  // [queries, head_size], rows ldo floats apart
   int64_t ldo;
-  float* scratch;  // [attention_scratch_floats], 64-byte aligned
+  float* scratch;  // [scratch_floats], 64-byte aligned
 };
 
 struct AttentionKernel {
   Isa isa;
+  int64_t (*scratch_floats)(int64_t keys, int64_t head_size);
   bool (*run)(const AttentionTask& task);  // false: not finite
 };
 
@@ -66,11 +69,10 @@ constexpr int64_t attention_padded(int64_t count) {
   return (count + kAttentionLanes - 1) / kAttentionLanes * kAttentionLanes;
 }
 
-int64_t attention_scratch_floats(int64_t keys, int64_t head_size);
-
 const AttentionKernel* attention_reference();
 const AttentionKernel* attention_avx2();
 const AttentionKernel* attention_avx512();
+const AttentionKernel* attention_amx();
 const AttentionKernel* attention_neon();
 
 // Variants this op has in this build, best first.

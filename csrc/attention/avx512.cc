@@ -8,7 +8,7 @@
 namespace bantamweight {
 namespace {
 
-constexpr AttentionKernel kernel = {Isa::avx512, attention_queries<Floats>};
+constexpr AttentionKernel kernel = {Isa::avx512, attention_scratch_floats, attention_queries<Floats>};
 
 }  // namespace
 

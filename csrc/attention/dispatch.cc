@@ -11,8 +11,8 @@ namespace bantamweight {
 namespace {
 
 const VariantList<AttentionKernel>& variants() {
-  static const VariantList<AttentionKernel> list = {attention_avx512(), attention_avx2(), attention_neon(),
-                                                    attention_reference()};
+  static const VariantList<AttentionKernel> list = {attention_amx(), attention_avx512(), attention_avx2(),
+                                                    attention_neon(), attention_reference()};
   return list;
 }
 
@@ -33,19 +33,14 @@ bool valid(const AttentionArgs& args) {
 
 const Isa* attention_variants(std::size_t* count) { return variants().isas(count); }
 
-// Of the vector loops (heads.h): keys, values, six rows of scores and a mask. The reference needs one row.
-int64_t attention_scratch_floats(int64_t keys, int64_t head_size) {
-  constexpr int64_t kScoresAndMask = 7;
-  return (head_size + kScoresAndMask) * attention_padded(keys) + keys * attention_padded(head_size);
-}
-
 Status attention(const AttentionArgs& args, Isa ceiling) {
   if (!valid(args)) return Status::invalid_argument;
   if (args.batch == 0 || args.heads == 0 || args.queries == 0 || args.head_size == 0) return Status::ok;
+  if (!args.bfloat16 && ceiling == Isa::amx) ceiling = Isa::avx512;
   const AttentionKernel* kernel = variants().pick(ceiling);
   const int64_t parts = (args.queries + kQueriesPerTask - 1) / kQueriesPerTask;
   const int64_t per_part = (args.queries + parts - 1) / parts,
-                bytes = attention_scratch_floats(args.keys, args.head_size) * static_cast<int64_t>(sizeof(float));
+                bytes = kernel->scratch_floats(args.keys, args.head_size) * static_cast<int64_t>(sizeof(float));
   std::atomic<Status> worst{Status::ok};
   const int64_t work = args.batch * args.heads * args.queries * args.keys * args.head_size;
   for_each_shared(args.batch * args.heads * parts, work > 2 * kWorkPerThread, [&](int64_t i) {

@@ -161,6 +161,11 @@ static inline bool pad_mask(const float* mask, int64_t keys, int64_t padded, flo
   return bad == 0;
 }
 
+static inline int64_t attention_scratch_floats(int64_t keys, int64_t head_size) {
+  constexpr int64_t kScoresAndMask = kQueries + 1;
+  return (head_size + kScoresAndMask) * attention_padded(keys) + keys * attention_padded(head_size);
+}
+
 template <class F>
 static bool attention_queries(const AttentionTask& task) {
   constexpr int64_t kMost = kMostVectors<F>, kStep = kMost * F::kLanes;

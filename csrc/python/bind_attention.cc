@@ -17,7 +17,7 @@ bw::AttentionRows rows_at(const Rows& rows) {
 }
 
 int attention(const Rows& q, const Rows& k, const Rows& v, const std::array<int64_t, 4>& mask,
-              const std::array<int64_t, 5>& sizes, float scale, const Rows& out) {
+              const std::array<int64_t, 5>& sizes, float scale, bool bfloat16, const Rows& out) {
   bw::AttentionArgs args;
   args.q = rows_at(q);
   args.k = rows_at(k);
@@ -32,6 +32,7 @@ int attention(const Rows& q, const Rows& k, const Rows& v, const std::array<int6
   args.keys = sizes[3];
   args.head_size = sizes[4];
   args.scale = scale;
+  args.bfloat16 = bfloat16;
   args.out = as_pointer<float>(static_cast<std::uintptr_t>(out[0]));
   args.out_batch = out[1];
   args.out_row = out[2];
@@ -49,7 +50,7 @@ void bind_attention(py::module_& module) {
     return variant_table(isas, count);
   });
   module.def("attention", attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("sizes"),
-             py::arg("scale"), py::arg("out"),
+             py::arg("scale"), py::arg("bfloat16"), py::arg("out"),
              "(address, batch, row) of q, k, v and out; (address, batch, head, query) of the mask, address 0 for none; "
              "(batch, heads, queries, keys, head_size)");
 }

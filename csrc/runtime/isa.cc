@@ -65,9 +65,11 @@ Features detect() {
   f.avx512 = f.avx2 && zmm_state && avx512;
   f.avx512_vnni = f.avx512 && ((c >> 11) & 1);
   f.avx512_vbmi = f.avx512_vnni && ((c >> 1) & 1);
-  f.amx_cpu = f.avx512_vbmi && ((d >> 24) & 1) && ((d >> 25) & 1);
+  const bool amx = ((d >> 22) & 1) && ((d >> 24) & 1) && ((d >> 25) & 1);  // BF16 TILE INT8
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return f;
+  f.avx_vnni = f.avx2 && ((a >> 4) & 1);
+  f.amx_cpu = f.avx512_vbmi && amx && ((a >> 5) & 1);  // AVX512_BF16
   f.amx = f.amx_cpu && tile_state && request_amx_state();
-  f.avx_vnni = f.avx2 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && ((a >> 4) & 1);
   return f;
 }
 
@@ -156,7 +158,8 @@ const char* isa_missing(Isa isa) {
       return f.avx512_vbmi ? nullptr : "the CPU lacks AVX-512 VBMI";
     case Isa::amx:
       if (f.amx) return nullptr;
-      return f.amx_cpu ? "the operating system does not grant the AMX tile state" : "the CPU lacks AMX-INT8";
+      return f.amx_cpu ? "the operating system does not grant the AMX tile state"
+                       : "the CPU lacks AMX-INT8 or AMX-BF16";
     case Isa::neon:
       return f.neon ? nullptr : "the CPU lacks NEON";
     case Isa::neon_dotprod:

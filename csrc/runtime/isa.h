@@ -16,7 +16,7 @@ enum class Isa : int {
   avx512 = 3,       // avx2 + F, BW, VL, DQ
   avx512_vnni = 4,  // the above + VNNI
   avx512_vbmi = 5,  // the above + VBMI
-  amx = 6,          // the above + AMX-TILE + AMX-INT8, and the operating system's leave to use them
+  amx = 6,          // the above + AVX512-BF16 + AMX-TILE, -INT8, -BF16, and the operating system's leave to use them
   neon = 11,        // AArch64 baseline
   neon_dotprod = 12,
   neon_i8mm = 13,

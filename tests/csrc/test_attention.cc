@@ -1,4 +1,5 @@
-// Every variant of the attention that this CPU runs, bit for bit against the reference; the reference against doubles.
+// Every variant of the attention that this CPU runs against the reference, bit for bit but for AMX's, which rounds to
+// bfloat16; the reference against doubles.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -105,6 +106,24 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
+// What rounding to 8 bits of fraction does to scores of size 10 and so to outputs of size 3: 0.01 of it in the mean.
+void check_rounded(const std::vector<float>& out, const std::vector<float>& expected, const Case& of) {
+  double error = 0.0, size = 0.0, count = 0.0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double d = static_cast<double>(out[i]) - expected[i];
+    CHECK((out[i] == kUntouched) == (expected[i] == kUntouched));
+    CHECK_NOTE(std::fabs(d) <= 0.3, "amx: %d keys, %d elements: %g instead of %g", static_cast<int>(of.keys),
+               static_cast<int>(of.head_size), static_cast<double>(out[i]), static_cast<double>(expected[i]));
+    error += d * d;
+    if (expected[i] == kUntouched) continue;
+    size += static_cast<double>(expected[i]) * expected[i];
+    count += 0.1;
+  }
+  CHECK_NOTE(error <= 4e-4 * (size + count), "amx: %d queries, %d keys, %d elements: off by %g",
+             static_cast<int>(of.queries), static_cast<int>(of.keys), static_cast<int>(of.head_size),
+             std::sqrt(error / size));
+}
+
 void over_awkward_shapes(const AttentionKernel& kernel) {
   check::Random random(5);
   const auto check_case = [&](const Case& of) {
@@ -113,7 +132,17 @@ void over_awkward_shapes(const AttentionKernel& kernel) {
     const AttentionArgs args = args_of(in, &expected);
     CHECK(attention(args, Isa::reference) == Status::ok);
     if (kernel.isa == Isa::reference) check_doubles(args);
-    CHECK(attention(args_of(in, &out), kernel.isa) == Status::ok);
+    AttentionArgs own = args_of(in, &out);
+    if (kernel.isa == Isa::amx) {
+      CHECK(attention(own, Isa::amx) == Status::ok);  // not allowed to round: AVX-512's
+      CHECK(same(out, expected));
+      own.bfloat16 = true;
+      CHECK(attention(own, Isa::amx) == Status::ok);
+      check_rounded(out, expected, of);
+      return;
+    }
+    own.bfloat16 = true;  // leave that others do not take
+    CHECK(attention(own, kernel.isa) == Status::ok);
     CHECK_NOTE(same(out, expected), "%s: %d queries, %d keys, %d elements", isa_name(kernel.isa),
                static_cast<int>(of.queries), static_cast<int>(of.keys), static_cast<int>(of.head_size));
   };
@@ -141,12 +170,16 @@ void not_finite(const AttentionKernel& kernel) {
     for (int64_t row : {0, 6, 32}) {
       Input in = make_input(of, random);
       in.rows[static_cast<size_t>(1 + row * in.row + (row < of.queries ? 0 : 2 * 16) + 16 + 3)] = bad;
-      CHECK(attention(args_of(in, &out), kernel.isa) == Status::not_finite);
+      AttentionArgs args = args_of(in, &out);
+      args.bfloat16 = true;
+      CHECK(attention(args, kernel.isa) == Status::not_finite);
     }
     Input in = make_input(of, random);
     in.mask[20] = bad;
     const Status wanted = bad == -kInfinity ? Status::ok : Status::not_finite;
-    CHECK(attention(args_of(in, &out), kernel.isa) == wanted);
+    AttentionArgs args = args_of(in, &out);
+    args.bfloat16 = true;
+    CHECK(attention(args, kernel.isa) == wanted);
   }
 }
 
@@ -168,12 +201,13 @@ void bad_arguments() {
 }  // namespace
 
 int main() {
-  check::each_kernel<AttentionKernel>(attention_variants,
-                                      {attention_avx512(), attention_avx2(), attention_neon(), attention_reference()},
-                                      [](const AttentionKernel& kernel) {
-                                        over_awkward_shapes(kernel);
-                                        not_finite(kernel);
-                                      });
+  check::each_kernel<AttentionKernel>(
+      attention_variants,
+      {attention_amx(), attention_avx512(), attention_avx2(), attention_neon(), attention_reference()},
+      [](const AttentionKernel& kernel) {
+        over_awkward_shapes(kernel);
+        not_finite(kernel);
+      });
   bad_arguments();
   return check::report("test_attention");
 }

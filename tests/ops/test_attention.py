@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from bantamweight import _C
 from bantamweight.errors import BantamweightError, KernelError
 from bantamweight.ops import attention
 from torch import Tensor
@@ -30,6 +31,15 @@ def test_equals_torchs(scale: float | None) -> None:
         for mask in masks:
             wanted = torchs(q, k, v, heads, mask, scale)
             torch.testing.assert_close(attention(q, k, v, heads, mask, scale=scale), wanted, rtol=1e-5, atol=3e-6)
+
+
+def test_leave_to_round_changes_little_or_nothing() -> None:
+    torch.manual_seed(1)
+    best = next(name for name, missing in _C.attention_variants() if not missing)
+    q, k, v = torch.randn(2, 70, 3 * 128).split(128, dim=-1)
+    exact, rounded = attention(q, k, v, 4), attention(q, k, v, 4, bfloat16=True)
+    assert torch.equal(exact, rounded) == (best != "amx")
+    assert float((rounded - exact).norm()) < 1e-2 * float(exact.norm())
 
 
 def test_a_query_that_sees_no_key() -> None:

@@ -87,10 +87,14 @@ class FusedEncoderLayer(nn.Module):
 
 
 class FusedBertLayer(nn.Module):
-    """A block built as BERT's: three calls of the extension."""
+    """A block built as BERT's: three calls of the extension.
+
+    `bfloat16` lets the products of attention round to bfloat16 where the CPU has AMX; set it to False for float32.
+    """
 
     qkv: PackedLinears
     block: PackedChain
+    bfloat16: bool = True
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -142,7 +146,8 @@ class FusedBertLayer(nn.Module):
             part = slice(first, first + items)
             q, k, v = self.qkv(x[part])
             own = mask[part] if mask is not None and mask.ndim == 4 and len(mask) == batch else mask
-            self.block.run(attention(q, k, v, self.heads, own), x[part], out=y[part])
+            context = attention(q, k, v, self.heads, own, bfloat16=self.bfloat16)
+            self.block.run(context, x[part], out=y[part])
         return y
 
     def _compose(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -203,9 +208,13 @@ def _check_equal(block: nn.Module, fused: nn.Module) -> None:
     was_training = block.training
     block.eval()
     fused.eval()
+    if isinstance(fused, FusedBertLayer):
+        fused.bfloat16 = False
     with torch.no_grad():
         a, b = block(x), fused(x)
     block.train(was_training)
+    if isinstance(fused, FusedBertLayer):
+        fused.bfloat16 = True
     a, b = (y[0] if isinstance(y, tuple) else y for y in (a, b))
     # A float that falls the other way at a rounding to int8 moves an output by a hundredth of a row's size.
     if float((a - b).norm()) > 0.01 * float(a.norm()):

@@ -9,11 +9,18 @@ from .lowbit_linear import check_status
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    bfloat16: bool = False,
 ) -> Tensor:
     """softmax(q k^T scale + mask) v of every head (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
-    Nothing is transposed or copied around it; products and softmax are float32. For inference: no gradient passes.
+    Nothing is transposed or copied around it. For inference: no gradient passes.
 
     Args:
         q: float32 [batch, queries, heads * head_size] on the CPU; the last dimension contiguous, others as they are.
@@ -22,6 +29,8 @@ def attention(
         mask: None, or broadcastable to [batch, heads, queries, keys]: bool (True takes part) or float, added to the
             scaled scores; -infinity hides a key, and a query that sees no key gives zeros.
         scale: None for 1 / sqrt(head_size).
+        bfloat16: True lets the two products round what they multiply to bfloat16, which CPUs with AMX do faster;
+            sums and softmax stay float32.
 
     Returns:
         [batch, queries, heads * head_size], contiguous.
@@ -64,6 +73,7 @@ def attention(
         added,
         (batch, heads, queries, keys, size),
         size**-0.5 if scale is None and size else scale or 0.0,
+        bfloat16,
         (out.data_ptr(), queries * width, width),
     )
     check_status(status, f"attention of {heads} heads over {keys} keys")
