@@ -216,8 +216,8 @@ TASKS = {
         },
         selection_bits=4,
         selection_seeds=SELECTION_SEEDS[:1],
-        calibration_images=128,
-        curvature_images=128,
+        calibration_images=64,
+        curvature_images=64,
         curvature_tol=0.05,
     ),
 }
