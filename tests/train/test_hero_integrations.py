@@ -203,27 +203,37 @@ def test_checkpointed_activations_change_nothing(mode):
 # ---- DistributedDataParallel ----------------------------------------------------------------------------------
 
 
-CASES = [("exact", False), ("fd", False), ("fd", True)]  # mode, gradient_as_bucket_view
+# mode, gradient_as_bucket_view, micro-batches a step
+CASES = [("exact", False, 1), ("fd", False, 1), ("fd", True, 1), ("exact", False, 2), ("fd", True, 2)]
+
+
+def micro_batches(model, x, y, number):
+    """Closures whose losses add up to that of the batch."""
+
+    def part(x, y):
+        return lambda: F.cross_entropy(model(x), y) / number
+
+    return [part(a, b) for a, b in zip(x.chunk(number), y.chunk(number), strict=True)]
 
 
 def _train_distributed(rank, port, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for mode, bucket_view in CASES:
+    for mode, bucket_view, number in CASES:
         model = network()
         model[1] = nn.Identity()  # BatchNorm over half a batch is not BatchNorm over the whole
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
         optimizer = HERO(model.parameters(), lr=0.1, momentum=0.9, mode=mode, reduction="sum", lam=1.0, model=parallel)
         x, y = (t.chunk(2)[rank] for t in batch())
         for _ in range(3):
-            optimizer.step(closure_for(parallel, x, y))
+            optimizer.step(micro_batches(parallel, x, y, number))
         # One process's bad batch stops all of them, together.
         with pytest.raises(BantamweightError, match="not finite"):
             optimizer.step(closure_for(parallel, x * (float("nan") if rank else 1.0), y))
         if mode == "exact":
             with pytest.raises(BantamweightError, match="model=the wrapped model"):
                 HERO(model.parameters(), lr=0.1, mode=mode).step(closure_for(parallel, x, y))
-        save_file(model.state_dict(), out / f"{mode}-{bucket_view}-{rank}.safetensors")
+        save_file(model.state_dict(), out / f"{mode}-{bucket_view}-{number}-{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
@@ -232,8 +242,9 @@ def test_two_processes_train_as_one(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(_train_distributed, (port, tmp_path), nprocs=2)
-    for mode, bucket_view in CASES:
-        first, second = (load_file(tmp_path / f"{mode}-{bucket_view}-{rank}.safetensors") for rank in (0, 1))
+    for mode, bucket_view, number in CASES:
+        files = (tmp_path / f"{mode}-{bucket_view}-{number}-{rank}.safetensors" for rank in (0, 1))
+        first, second = (load_file(file) for file in files)
         model, (x, y) = network(), batch()
         model[1] = nn.Identity()
         optimizer = HERO(model.parameters(), lr=0.1, momentum=0.9, mode=mode, reduction="sum", lam=1.0)
