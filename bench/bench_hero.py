@@ -365,7 +365,7 @@ def plot(name: str, rows: list[Row], path: Path) -> None:
                 panel.errorbar(range(len(keys)), values.mean(0), spread, marker="o", capsize=3, label=label)
         panel.set_xticks(range(len(keys)), ["float", *(f"W{b}" for b in BITS)])
         labels = f", {noise:.0%} of the labels wrong" if noise else ""
-        panel.set_title(f"{name}{labels}: one step a {'layer' if form == 'tensor' else form}")
+        panel.set_title(f"{name}{labels}\none step a {'layer' if form == 'tensor' else form}")
         panel.set_ylabel("test accuracy, %")
         panel.grid(alpha=0.3)
     grid[0, 0].legend()
