@@ -192,11 +192,10 @@ const char* isa_ceiling(Isa* ceiling) {
     }
   }
   if (!isa_from_name(forced, ceiling)) {
-    std::snprintf(
-        sentence, sizeof sentence,
-        "BANTAMWEIGHT_FORCE_KERNEL=%.40s names no kernel; allowed are amx, avx512_vbmi, avx512_vnni, avx512, "
-        "avx_vnni, avx2, neon_i8mm, neon_dotprod, neon and reference",
-        forced);
+    std::snprintf(sentence, sizeof sentence,
+                  "BANTAMWEIGHT_FORCE_KERNEL=%.40s names no kernel; allowed are amx, avx512_vbmi, avx512_vnni, avx512, "
+                  "avx_vnni, avx2, neon_i8mm, neon_dotprod, neon and reference",
+                  forced);
     return sentence;
   }
   if (const char* missing = isa_missing(*ceiling)) {
