@@ -26,7 +26,7 @@ constexpr int64_t round_up(int64_t count, int64_t unit) { return (count + unit -
 struct Sizes {
   int64_t keys, depth, width;  // padded: keys to 32, elements to 32 as depth and to 16 as width
   Sizes(int64_t keys_, int64_t head_size)
-      : keys(round_up(keys_, kDepth)), depth(round_up(head_size, kDepth)), width(round_up(head_size, kTileFloats)) {}
+      : keys(round_up(keys_, kDepth)), depth(round_up(head_size, kDepth)), width(attention_padded(head_size)) {}
   int64_t key_tiles() const { return keys / 16 * (depth / kDepth); }
   int64_t value_tiles() const { return keys / kDepth * (width / kTileFloats); }
 };
@@ -182,7 +182,7 @@ bool run(const AttentionTask& task) {
     float inverse[kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
       if (!one_mask && !pad_mask(task.mask + (first + r) * task.ldm, task.keys, sizes.keys, mask)) {
-        __asm__ volatile("tilerelease" ::: "memory");
+        release_tiles();
         return false;
       }
       float* score = scores + r * sizes.keys;
@@ -204,8 +204,7 @@ bool run(const AttentionTask& task) {
       }
     }
   }
-  // Nothing of the tiles is left behind: the next context switch need not save them.
-  __asm__ volatile("tilerelease" ::: "memory");
+  release_tiles();
   return Floats::sum(poison) == 0.0f;
 }
 

@@ -30,9 +30,9 @@
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__AVX512DQ__)
+#include "lowbit_linear/amx_chunks.h"
 #include "lowbit_linear/amx_long_groups.h"
 #include "lowbit_linear/amx_panel.h"
-#include "lowbit_linear/amx_tiles.h"
 #include "lowbit_linear/finish_avx512.h"
 #include "lowbit_linear/three_bits_avx512.h"
 #include "lowbit_linear/trits_avx512.h"
@@ -304,19 +304,8 @@ void run_tile(const TileTask& first, int64_t block_count, int64_t block_bytes, i
   pending.finish(rows);
 }
 
-void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes, int64_t channels, int64_t first_row) {
-  task.rows += first_row;
-  task.row_scale += first_row;
-  task.row_sums += first_row * task.groups;
-  if (task.group_scale != nullptr) task.group_scale += first_row * task.groups;
-  task.row_count -= first_row;
+void run_vnni(int bits, TileTask task, int64_t block_count, int64_t block_bytes, int64_t channels) {
   task.stream_outputs = false;
-  if (task.codes.rows != nullptr) {
-    task.codes.rows += first_row;
-    if (task.codes.added != nullptr) task.codes.added += first_row;
-  } else {
-    task.y += first_row * task.ldy;
-  }
   for (int64_t b = 0; b < block_count; ++b) {
     linear_kernel_avx512_vbmi()->run(bits, task);
     advance(&task, block_bytes, &channels);
@@ -442,18 +431,18 @@ bool panels_pay(int bits, const TileTask& task, int64_t chunk_count) {
 // 16 images, int8 maps, one thread: 101 ms, and 106 with copies).
 constexpr int64_t kMinLongBlocks = 4;
 
-bool long_groups_pay(int bits, const TileTask& task, int64_t chunk_count) {
+bool long_groups_pay(int bits, const TileTask& task, int64_t block_count, int64_t chunk_count) {
   // At 64 rows the stream is as fast at 4 bits and 15% faster at 8, which it need not unpack.
   const int64_t min_rows = bits == 2 && task.codes.rows == nullptr ? 64 : 96;
-  if (!has_signed_codes(bits, task) || task.row_count < min_rows) return false;
+  if (!has_signed_codes(bits, task) || task.row_count < min_rows || block_count < kMinLongBlocks) return false;
   return chunk_count > 0 && most_long_pairs(chunk_count) > 0;
 }
 
-int64_t scratch_bytes(int bits, const TileTask& task) {
+int64_t scratch_bytes(int bits, const TileTask& task, int64_t block_count) {
   const int64_t chunk_count = count_chunks(task);
   if (chunk_count > kMaxChunks) return 0;
   if (panels_pay(bits, task, chunk_count)) return panel_scratch_bytes(task.row_count, chunk_count);
-  return long_groups_pay(bits, task, chunk_count) ? long_scratch_bytes(task, chunk_count) : 0;
+  return long_groups_pay(bits, task, block_count, chunk_count) ? long_scratch_bytes(task, chunk_count) : 0;
 }
 
 void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
@@ -485,7 +474,7 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
       const auto run_bits = bits == 2 ? run_panels<2> : bits == 8 ? run_panels<8> : run_panels<4>;
       run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
                chunk_count, row);
-    } else if (task.scratch != nullptr && block_count >= kMinLongBlocks && long_groups_pay(bits, task, chunk_count)) {
+    } else if (task.scratch != nullptr && long_groups_pay(bits, task, block_count, chunk_count)) {
       row = end;
       const auto run_bits = bits == 2 ? run_long<2> : bits == 8 ? run_long<8> : run_long<4>;
       run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
@@ -502,11 +491,10 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
                                                   : run_tile<4>;
       run_tile_bits(task, block_count, block_bytes, channels, chunks, chunk_count, row, rows);
     }
-    // Nothing of the tiles is left behind: the next context switch need not save them.
-    __asm__ volatile("tilerelease" ::: "memory");
+    release_tiles();
   }
   if (task.stream_outputs) _mm_sfence();  // streamed stores are not ordered with the caller's flags
-  if (end < task.row_count) run_vnni(bits, task, block_count, block_bytes, channels, end);
+  if (end < task.row_count) run_vnni(bits, from_row(task, end), block_count, block_bytes, channels);
 }
 
 void run(int bits, const TileTask& task) { run_blocks(bits, task, 1, 0, task.block_n_valid); }

@@ -321,19 +321,8 @@ void run_long(const TileTask& first, int64_t block_bytes, int64_t channels, cons
           : (first.group_scale != nullptr ? run_long_pass<kBits, false, true> : run_long_pass<kBits, false, false>);
   configure(kTileRows);
   for (int64_t row = 0; row < row_count; row += rows) {
-    TileTask task = first;
-    task.rows += row;
-    task.row_scale += row;
-    task.row_sums += row * task.groups;
-    if (task.group_scale != nullptr) task.group_scale += row * task.groups;
-    if (task.codes.rows != nullptr) {
-      task.codes.rows += row;
-      if (task.codes.added != nullptr) task.codes.added += row;
-    } else {
-      task.y += row * task.ldy;
-    }
-    run(task, block_bytes, channels, chunks, panels, panel_count, row_count - row < rows ? row_count - row : rows,
-        first.scratch);
+    run(from_row(first, row), block_bytes, channels, chunks, panels, panel_count,
+        row_count - row < rows ? row_count - row : rows, first.scratch);
   }
 }
 

@@ -297,15 +297,9 @@ void run_panels(const TileTask& first, int64_t block_bytes, int64_t channels, co
                        : (first.group_scale != nullptr ? run_pass<kBits, false, true> : run_pass<kBits, false, false>);
   configure(kTileRows);
   for (int64_t row = 0; row < row_count; row += pairs * kPairRows) {
-    TileTask task = first;
-    task.rows += row;
-    task.row_scale += row;
-    task.row_sums += row * task.groups;
-    if (task.group_scale != nullptr) task.group_scale += row * task.groups;
-    task.y += row * task.ldy;
     const int64_t left = (row_count - row) / kPairRows;
-    run(task, block_bytes, channels, chunks, chunk_count, steps, step_count, left < pairs ? left : pairs,
-        first.scratch);
+    run(from_row(first, row), block_bytes, channels, chunks, chunk_count, steps, step_count,
+        left < pairs ? left : pairs, first.scratch);
   }
 }
 

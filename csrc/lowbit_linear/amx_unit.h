@@ -6,13 +6,13 @@
 // tile load.
 #pragma once
 
-#include "lowbit_linear/amx_tiles.h"
+#include "lowbit_linear/amx_chunks.h"
 #include "lowbit_linear/finish_avx512.h"
 
 namespace bantamweight {
 namespace {
 
-constexpr int64_t kUnitN = 32, kPairRows = 2 * kTileRows, kPairTiles = 4, kTileInts = kTileBytes / 4;
+constexpr int64_t kUnitN = 32, kPairRows = 2 * kTileRows, kPairTiles = 4;
 constexpr int64_t kPairBytes = kPairTiles * kTileBytes;  // of sums or outputs of 32 rows x 32 channels
 constexpr int64_t kUnitTileBytes = 2 * kTileBytes;       // a chunk of a unit, or of a pair of row tiles
 

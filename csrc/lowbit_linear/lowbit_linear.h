@@ -205,10 +205,10 @@ struct LinearKernel {
   // Activations that run between two loads of the weights from beyond L2, where they stay meanwhile.
   int64_t activation_bytes = 384 << 10;
   bool writes_codes = false;  // takes TileTask::codes
-  // Optional: working memory that run_blocks makes use of if it gets it, for copies of the activations;
-  // 0 where it has no use for any. Then one call should get `channels_per_copy` channels, if that leaves
+  // Optional: working memory that run_blocks makes use of for so many blocks if it gets it, for copies of the
+  // activations; 0 where it has no use for any. Then one call should get `channels_per_copy` channels, if that leaves
   // no thread idle.
-  int64_t (*scratch_bytes)(int bits, const TileTask& task) = nullptr;
+  int64_t (*scratch_bytes)(int bits, const TileTask& task, int64_t block_count) = nullptr;
   int64_t channels_per_copy = 0;
   bool takes_trits = false;  // kTrits for bits
 };

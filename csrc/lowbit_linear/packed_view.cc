@@ -287,7 +287,8 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   bool copies = false;  // the kernel copies the activations at every call
   if (view.kernel->scratch_bytes != nullptr && row_count > 0) {
     const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
-    copies = view.kernel->scratch_bytes(expands(view, task.row_count) ? expanded_bits(view.bits) : view.bits, task) > 0;
+    copies = view.kernel->scratch_bytes(expands(view, task.row_count) ? expanded_bits(view.bits) : view.bits, task,
+                                        blocks) > 0;
   }
   if (copies) {  // chunks of equal height, as many for every thread
     const int64_t sharing = available_threads();
@@ -391,7 +392,7 @@ void run_blocks(const PackedView& view, TileTask task, const float* bias, float*
     }
     if (kernel.scratch_bytes != nullptr) {
       thread_local Scratch scratch;
-      const int64_t bytes = kernel.scratch_bytes(bits, task);
+      const int64_t bytes = kernel.scratch_bytes(bits, task, count);
       task.scratch = bytes == 0 ? nullptr : scratch.get(bytes);
     }
     if (kernel.run_blocks != nullptr) {

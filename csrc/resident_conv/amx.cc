@@ -20,7 +20,7 @@
 namespace bantamweight {
 namespace {
 
-constexpr int64_t kTileInts = kTileBytes / 4, kLines = 16;  // of codes in four tiles
+constexpr int64_t kLines = 16;  // of codes in four tiles
 
 // 16 output pixels, of which the last ones of an image may be missing.
 struct Pixels {
@@ -282,7 +282,7 @@ void run(const ResidentTask& task) {
   } else {
     run_all<false>(task);
   }
-  __asm__ volatile("tilerelease" ::: "memory");
+  release_tiles();
 }
 
 constexpr ResidentConvKernel kernel = {Isa::amx, run};

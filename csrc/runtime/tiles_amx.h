@@ -6,7 +6,7 @@
 
 namespace bantamweight {
 
-constexpr int64_t kTileRows = 16, kTileBytes = 1024;
+constexpr int64_t kTileRows = 16, kTileBytes = 1024, kTileInts = kTileBytes / 4;
 
 // Written with memory clobbers: the compiler sees neither what a tile load reads nor what a store writes.
 #define TILE_OPERANDS(address, stride) ::"r"(address), "r"(static_cast<int64_t>(stride)) : "memory"
@@ -36,5 +36,8 @@ static inline void configure(int64_t rows, int64_t k = 64, int first_codes = 5) 
   }
   __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
 }
+
+// Nothing of the tiles is left behind: the next context switch need not save them.
+static inline void release_tiles() { __asm__ volatile("tilerelease" ::: "memory"); }
 
 }  // namespace bantamweight

@@ -48,6 +48,22 @@ int64_t count_quads(const TileTask& task) {
   return count;
 }
 
+// The task of the rows from `row` on.
+TileTask from_row(TileTask task, int64_t row) {
+  task.rows += row;
+  task.row_scale += row;
+  task.row_sums += row * task.groups;
+  if (task.group_scale != nullptr) task.group_scale += row * task.groups;
+  task.row_count -= row;
+  if (task.codes.rows != nullptr) {
+    task.codes.rows += row;
+    if (task.codes.added != nullptr) task.codes.added += row;
+  } else {
+    task.y += row * task.ldy;
+  }
+  return task;
+}
+
 void list_chunks(const TileTask& task, int bits, Chunk* chunk) {
   const int64_t step_quads = bits == 3 ? 2 : 1, step_bytes = 32 * bits * step_quads;
   int64_t weight_offset = 0;
