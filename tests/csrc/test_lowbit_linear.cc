@@ -71,6 +71,33 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
 }
 
+// A weight as `kernel` lays it out at `bits`, which reads back as it was; its codes have `code_bits`.
+class Packed {
+ public:
+  Packed(const LinearKernel& kernel, int bits, int code_bits, int64_t n, int64_t k, int64_t groups,
+         const std::vector<KPiece>& pieces, const std::vector<uint8_t>& codes, const std::vector<float>& scale,
+         const std::vector<float>& zero) {
+    const auto piece_count = static_cast<int64_t>(pieces.size());
+    const int64_t bytes = packed_view_bytes(kernel, bits, n, groups, pieces.data(), piece_count);
+    memory_ = std::aligned_alloc(64, static_cast<size_t>(bytes));
+    packed_view_write(kernel, bits, code_bits, n, groups, pieces.data(), piece_count, codes.data(), k, scale.data(),
+                      zero.data(), memory_);
+    CHECK(packed_view_read(kernel, memory_, bytes, &view) == Status::ok && view.bits == bits);
+    std::vector<uint8_t> codes_back(codes.size(), 7);
+    std::vector<float> scale_back(scale.size()), zero_back(zero.size());
+    packed_view_unpack(view, k, codes_back.data(), scale_back.data(), zero_back.data());
+    CHECK(codes_back == codes && same_bits(scale_back, scale) && same_bits(zero_back, zero));
+  }
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+  ~Packed() { std::free(memory_); }
+
+  PackedView view;
+
+ private:
+  void* memory_;
+};
+
 constexpr float kUntouched = -12345.5f;
 
 Status run_forward(const void* layout, int64_t layout_bytes, const float* x, int64_t ldx, int64_t m, const float* bias,
@@ -317,19 +344,10 @@ void over_pieces(Isa isa) {
     const LinearKernel* kernels[] = {&kernel, &reference};
     for (int which = 0; which < 2; ++which) {
       const LinearKernel& one = *kernels[which];
-      const int64_t bytes = packed_view_bytes(one, bits, n, groups, pieces.data(), piece_count);
-      void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
-      packed_view_write(one, bits, bits, n, groups, pieces.data(), piece_count, codes.data(), k, scale.data(),
-                        zero.data(), memory);
-      PackedView view;
-      CHECK(packed_view_read(one, memory, bytes, &view) == Status::ok);
-      std::vector<uint8_t> codes_back(codes.size());
-      std::vector<float> scale_back(scale.size()), zero_back(zero.size());
-      packed_view_unpack(view, k, codes_back.data(), scale_back.data(), zero_back.data());
-      CHECK(codes_back == codes && same_bits(scale_back, scale) && same_bits(zero_back, zero));
+      const Packed packed(one, bits, bits, n, k, groups, pieces, codes, scale, zero);
       out[which].assign(static_cast<size_t>(m * (n + 1)), kUntouched);
-      packed_view_run(view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(), n + 1);
-      std::free(memory);
+      packed_view_run(packed.view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(),
+                      n + 1);
     }
     CHECK_NOTE(same_bits(out[0], out[1]), "%s: bits=%d m=%d n=%d k=%d in %d pieces", isa_name(isa), bits,
                static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), static_cast<int>(piece_count));
@@ -388,22 +406,16 @@ void many_rows(Isa isa) {
     const LinearKernel* kernels[] = {&kernel, &reference};
     for (int which = 0; which < 2; ++which) {
       const LinearKernel& one = *kernels[which];
-      const int64_t bytes = packed_view_bytes(one, bits, n, groups, pieces.data(), groups);
-      void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
-      packed_view_write(one, bits, bits, n, groups, pieces.data(), groups, codes.data(), k, scale.data(), zero.data(),
-                        memory);
-      PackedView view;
-      CHECK(packed_view_read(one, memory, bytes, &view) == Status::ok);
+      const Packed packed(one, bits, bits, n, k, groups, pieces, codes, scale, zero);
       out[which].assign(static_cast<size_t>(m * (n + 1)), kUntouched);
-      packed_view_run(view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(), n + 1,
-                      {}, scaled ? group_scale.data() : nullptr);
+      packed_view_run(packed.view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(),
+                      n + 1, {}, scaled ? group_scale.data() : nullptr);
       codes_out[which].assign(static_cast<size_t>(m * (n + 3)), int8_t{55});
       std::vector<int8_t*> code_rows;
       for (int64_t r = 0; r < m; ++r) code_rows.push_back(codes_out[which].data() + r * (n + 3));
       const CodeOutputs to = {code_rows.data(), round % 2 == 0 ? added_rows.data() : nullptr, 0.7f};
-      CHECK(packed_view_run_codes(view, rows.data(), small_scale.data(), row_sums.data(), m, bias.data(), to, 0,
+      CHECK(packed_view_run_codes(packed.view, rows.data(), small_scale.data(), row_sums.data(), m, bias.data(), to, 0,
                                   (n + one.block_n - 1) / one.block_n) == Status::ok);
-      std::free(memory);
     }
     CHECK_NOTE(codes_out[0] == codes_out[1], "%s: codes of bits=%d m=%d n=%d k=%d in groups of %d", isa_name(isa), bits,
                static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), static_cast<int>(group_size));
@@ -490,19 +502,10 @@ void trits(Isa isa) {
     for (int which = 0; which < 2; ++which) {
       const LinearKernel& one = *kernels[which];
       const int bits = which == 0 ? kTrits : 2;
-      const int64_t bytes = packed_view_bytes(one, bits, n, groups, pieces.data(), groups);
-      void* memory = std::aligned_alloc(64, static_cast<size_t>(bytes));
-      packed_view_write(one, bits, 2, n, groups, pieces.data(), groups, codes.data(), k, scale.data(), zero.data(),
-                        memory);
-      PackedView view;
-      CHECK(packed_view_read(one, memory, bytes, &view) == Status::ok && view.bits == bits);
-      std::vector<uint8_t> codes_back(codes.size(), 7);
-      std::vector<float> scale_back(scale.size()), zero_back(zero.size());
-      packed_view_unpack(view, k, codes_back.data(), scale_back.data(), zero_back.data());
-      CHECK(codes_back == codes && same_bits(scale_back, scale) && same_bits(zero_back, zero));
+      const Packed packed(one, bits, 2, n, k, groups, pieces, codes, scale, zero);
       out[which].assign(static_cast<size_t>(m * (n + 1)), kUntouched);
-      packed_view_run(view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(), n + 1);
-      std::free(memory);
+      packed_view_run(packed.view, rows.data(), row_scale.data(), row_sums.data(), m, bias.data(), out[which].data(),
+                      n + 1);
     }
     CHECK_NOTE(same_bits(out[0], out[1]), "%s: trits, m=%d n=%d k=%d in %d groups", isa_name(isa), static_cast<int>(m),
                static_cast<int>(n), static_cast<int>(k), static_cast<int>(groups));
