@@ -171,6 +171,7 @@ struct TileTask {
   float* y;           // out: row r at y + r * ldy; null for codes
   int64_t ldy;
   int64_t block_n_valid;        // channels to write, <= block_n
+  bool beyond_l2 = false;       // the weight, of which this is a part, comes from beyond a core's L2
   bool stream_outputs = false;  // a variant may set it to write past the caches
   CodeOutputs codes;            // instead of y, for a kernel that writes codes
   int64_t first_channel = 0;    // of the block, for them

@@ -8,6 +8,7 @@
 #include "code_maps/code_maps.h"
 #include "lowbit_linear/lowbit_linear.h"
 #include "runtime/fresh_pages.h"
+#include "runtime/huge_pages.h"
 #include "runtime/scratch.h"
 #include "runtime/threads.h"
 
@@ -135,6 +136,7 @@ TileTask task_of(const PackedView& view, const int8_t* const* rows, const float*
   task.row_scale = row_scale;
   task.row_sums = row_sums;
   task.row_count = row_count;
+  task.beyond_l2 = blocks_of(*view.kernel, view.n) * view.block_bytes > (2 << 20);
   return task;
 }
 
@@ -163,6 +165,7 @@ void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int6
                        const float* zero, void* memory, bool with_sums) {
   const Parts at = parts_of(kernel, bits, n, groups, pieces, piece_count, with_sums);
   auto* base = static_cast<uint8_t*>(memory);
+  prefer_huge_pages(base, at.end);
   std::memset(base, 0, static_cast<size_t>(at.end));
 
   ViewHeader header = {};
