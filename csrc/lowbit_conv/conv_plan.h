@@ -34,12 +34,14 @@ struct SumEntry {
   int64_t group;
 };
 
-// A weight as resident_conv.h has it. Movable; the view points into it.
+// A weight as resident_conv.h has it, or what there is of it before its codes are unpacked at a call.
+// Movable; the view points into it.
 struct KeptWeight {
   std::vector<uint8_t> memory;
   std::vector<int64_t> offsets;
   ResidentWeight view;
   const ResidentConvKernel* kernel = nullptr;  // null where none is kept
+  bool resident = false;                       // all of it
 };
 
 // What is the same for every call on images of one size. Movable; the views point into it.
@@ -80,8 +82,8 @@ Status conv_plan(const void* layout, int64_t layout_bytes, int64_t height, int64
 // The same for inputs that are such maps already; the border must be as wide as the padding.
 Status conv_plan_codes(const void* layout, int64_t layout_bytes, const CodeMap& input, ConvPlan* plan);
 
-// For outputs as codes, before anything is prepared: keeps the weight unpacked in the plan, and the bias
-// [out_channels] beside it, where they are small and the variant has a kernel for that.
+// For outputs as codes, before anything is prepared: where the variant has a kernel for signed bytes, keeps
+// the bias [out_channels] in the plan, and the weight unpacked beside it if it is small.
 Status conv_keep_weight(const float* bias, ConvPlan* plan);
 
 // Some images as the kernels read them.
@@ -127,7 +129,7 @@ struct ConvEpilogue {
 };
 
 // To codes, by the weight and the bias that the plan keeps.
-void conv_multiply_kept(const ConvPlan& plan, const ConvActivations& activations, const ConvEpilogue& epilogue);
+Status conv_multiply_kept(const ConvPlan& plan, const ConvActivations& activations, const ConvEpilogue& epilogue);
 
 // y [images, out_h, out_w, out_channels], null for codes.
 Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,

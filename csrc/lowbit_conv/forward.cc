@@ -323,10 +323,7 @@ Status run_images(const ConvPlan& plan, const ConvInput& input, const float* bia
 Status conv_multiply(const ConvPlan& plan, const ConvActivations& activations, const float* bias,
                      const ConvEpilogue& epilogue, float* y) {
   if (plan.layout.run.depthwise()) return run_depthwise(plan, activations.floats, bias, epilogue, y);
-  if (plan.kept.kernel != nullptr) {
-    conv_multiply_kept(plan, activations, epilogue);
-    return Status::ok;
-  }
+  if (plan.kept.kernel != nullptr) return conv_multiply_kept(plan, activations, epilogue);
   const Tasks tasks = cut(plan, activations.images * plan.image_rows());
   std::atomic<int> worst{static_cast<int>(Status::ok)};
   for_each_shared(tasks.count(), tasks.worth_threads, [&](int64_t i) {

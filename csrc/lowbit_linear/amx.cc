@@ -543,6 +543,31 @@ void expand_block(int bits, const KPiece* pieces, int64_t piece_count, const uin
   linear_kernel_avx512_vbmi()->expand_block(bits, pieces, piece_count, block, expanded);
 }
 
+template <int kBits>
+void signed_tiles_of(const Unit& unit, const Chunk* chunks, int64_t chunk_count, int32_t zero, int8_t* tiles) {
+  const SignedCodes codes = signed_codes<kBits>(zero);
+  auto* to = reinterpret_cast<uint8_t*>(tiles);
+  for (int64_t c = 0; c < chunk_count; ++c) unpack_signed<kBits>(unit, chunks[c], codes, to + c * kUnitTileBytes);
+}
+
+void signed_tiles(int bits, const KPiece* pieces, int64_t piece_count, int32_t zero, const uint8_t* block, bool upper,
+                  int8_t* tiles) {
+  TileTask task = {};
+  task.pieces = pieces;
+  Unit unit = {};
+  unit.weight = block;
+  unit.half = upper ? 1 : 0;
+  const auto run_bits = bits == 2 ? signed_tiles_of<2> : bits == 8 ? signed_tiles_of<8> : signed_tiles_of<4>;
+  Chunk chunks[kMaxChunks];
+  for (task.piece_count = 1; piece_count > 0; --piece_count, ++task.pieces) {  // one at a time has room
+    const int64_t count = count_chunks(task);
+    list_chunks(task, bits, chunks);
+    run_bits(unit, chunks, count, zero, tiles);
+    tiles += count * kUnitTileBytes;
+    unit.weight += count_quads(task) * 32 * bits;
+  }
+}
+
 int64_t expand_rows(int bits) { return bits == kTrits ? 48 : 128; }
 
 // Every CPU with AMX has 2 MB of L2. Loading the weights half as often: 4096x14336 at 8 bits and 512 rows
@@ -553,8 +578,8 @@ constexpr int64_t kActivationBytes = 768 << 10;
 constexpr int64_t kChannelsPerCopy = 4096;
 
 constexpr LinearKernel kernel = {
-    Isa::amx,    64, block_bytes,      lane_factor, pack_block,    unpack_block,     run, run_blocks, expand_block,
-    expand_rows, 0,  kActivationBytes, true,        scratch_bytes, kChannelsPerCopy, true};
+    Isa::amx,    64, block_bytes,      lane_factor, pack_block,    unpack_block,     run,  run_blocks,  expand_block,
+    expand_rows, 0,  kActivationBytes, true,        scratch_bytes, kChannelsPerCopy, true, signed_tiles};
 
 }  // namespace
 

@@ -212,6 +212,10 @@ struct LinearKernel {
   int64_t (*scratch_bytes)(int bits, const TileTask& task, int64_t block_count) = nullptr;
   int64_t channels_per_copy = 0;
   bool takes_trits = false;  // kTrits for bits
+  // Optional: the lower or upper 32 channels of a block as tiles of signed bytes, codes minus `zero`, which they fit:
+  // [chunks][2][16][16 channels][4 k], up to 64 k of one piece a chunk, zeros behind its end. Not for 3 bits or trits.
+  void (*signed_tiles)(int bits, const KPiece* pieces, int64_t piece_count, int32_t zero, const uint8_t* block,
+                       bool upper, int8_t* tiles) = nullptr;
 };
 
 // The bits whose kernels need no unpacking that those of `bits` need; `bits` itself where there are none.

@@ -34,9 +34,10 @@ ResidentChunks resident_chunks(const KPiece* pieces, int64_t piece_count) {
 }
 
 void resident_pack(const uint8_t* codes, int64_t channels, int64_t k, int32_t zero, const KPiece* pieces,
-                   int64_t piece_count, const ResidentChunks& chunks, int8_t* tiles, int64_t* offsets) {
+                   int64_t piece_count, const ResidentChunks& chunks, int64_t most_tiles, int8_t* tiles,
+                   int64_t* offsets) {
   for (int64_t first = 0; first < channels;) {
-    const int64_t tile_count = resident_tiles(channels - first);
+    const int64_t tile_count = resident_tiles(channels - first, most_tiles);
     int64_t chunk = 0;
     for (const KPiece* piece = pieces; piece < pieces + piece_count; ++piece) {
       for (int64_t at = 0; at < piece->k_size; at += chunks.size) {

@@ -9,10 +9,10 @@ namespace {
 
 // Where the k of a chunk for a channel begin, 64 bytes a four of them.
 const int8_t* weight_of(const ResidentWeight& weight, int64_t channel, int64_t chunk) {
-  int64_t first = 0, tiles = resident_tiles(weight.channels);
+  int64_t first = 0, tiles = resident_tiles(weight.channels, weight.most_tiles);
   while (channel >= first + tiles * kResidentChannels) {
     first += tiles * kResidentChannels;
-    tiles = resident_tiles(weight.channels - first);
+    tiles = resident_tiles(weight.channels - first, weight.most_tiles);
   }
   const int64_t before = first / kResidentChannels * weight.chunks.count + chunk * tiles;
   const int64_t tile = before + (channel - first) / kResidentChannels;
@@ -32,13 +32,17 @@ int8_t code_of(const ResidentTask& task, const int8_t* q, const int8_t* added, i
 }
 
 void run(const ResidentTask& task) {
-  for (int64_t y = 0; y < task.height; ++y) {
+  const int64_t rows = task.images * task.height;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t image = row / task.height, y = row % task.height;
+    const int8_t* q = task.q + image * task.image_bytes + y * task.row_bytes;
+    int8_t* codes = task.codes + image * task.codes_image_bytes + y * task.codes_row_bytes;
     for (int64_t x = 0; x < task.width; ++x) {
-      const int64_t at = x * task.weight.channels;
-      const int8_t* added = task.added == nullptr ? nullptr : task.added + y * task.added_row_bytes + at;
+      const int64_t at = x * task.codes_pixel_bytes;
+      const int8_t* added = nullptr;
+      if (task.added != nullptr) added = task.added + image * task.added_image_bytes + y * task.added_row_bytes + at;
       for (int64_t n = 0; n < task.weight.channels; ++n) {
-        task.codes[y * task.codes_row_bytes + at + n] =
-            code_of(task, task.q + y * task.row_bytes + x * task.pixel_bytes, added, n);
+        codes[at + n] = code_of(task, q + x * task.pixel_bytes, added, n);
       }
     }
   }

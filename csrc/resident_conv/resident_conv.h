@@ -1,5 +1,6 @@
-// Convolutions from codes to codes (code_maps.h) by weights so small that they stay in L1 as signed
-// bytes: first layers, and those of narrow networks.
+// Convolutions from codes to codes (code_maps.h) by weights that lie in memory as signed bytes: for
+// good those so small that they stay in L1, of first layers and narrow networks; others a few channels
+// at a time, which stay in L2 for all pixels of a call.
 //
 //   code = rint(max(min(y, 127), -127))
 //   y = factor * (scale[n] * sum_k weight[n, k] a[k]) + bias[n] + added_factor * added
@@ -8,7 +9,7 @@
 // few products an output, what goes with each of their rows costs more than the products: a pointer to
 // its activations, one to its outputs, the sum of its activations, codes that are unpacked again for
 // every few rows. Here pixels are a grid, and weights hold codes minus their zero, unpacked once for
-// all calls.
+// all calls or for all pixels of one.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +22,11 @@ namespace bantamweight {
 
 constexpr int64_t kResidentChannels = 16;  // of a tile; a weight's channels are a multiple of it
 
-// How many tiles lie side by side where so many channels are left.
-inline int64_t resident_tiles(int64_t channels) { return channels >= 64 ? 4 : channels >= 32 ? 2 : 1; }
+// How many tiles lie side by side where so many channels are left: up to four of a weight in L1, where
+// each product loads its own; two of one in L2, where every tile that is loaded has to serve two.
+inline int64_t resident_tiles(int64_t channels, int64_t most = 4) {
+  return most == 4 && channels >= 64 ? 4 : channels >= 32 ? 2 : 1;
+}
 
 // How k is cut into chunks, which are multiplied as a whole: `size` of them each, a multiple of 4, with
 // zeros behind the end of a piece.
@@ -39,6 +43,7 @@ struct ResidentWeight {
   const float* bias = nullptr;       // the same
   ResidentChunks chunks;
   int64_t channels = 0;
+  int64_t most_tiles = 4;  // side by side
 };
 
 // Chunks of up to 64 k and of one size: loading fewer bytes of rows that overlap costs less.
@@ -47,23 +52,27 @@ ResidentChunks resident_chunks(const KPiece* pieces, int64_t piece_count);
 // codes: [channels, k] row-major, which fit signed bytes once `zero` is taken away.
 // tiles: out, chunks.size * channels bytes a chunk; offsets: out, one a chunk.
 void resident_pack(const uint8_t* codes, int64_t channels, int64_t k, int32_t zero, const KPiece* pieces,
-                   int64_t piece_count, const ResidentChunks& chunks, int8_t* tiles, int64_t* offsets);
+                   int64_t piece_count, const ResidentChunks& chunks, int64_t most_tiles, int8_t* tiles,
+                   int64_t* offsets);
 
-// height x width output pixels of one image.
+// height x width output pixels of each of some images.
 struct ResidentTask {
   ResidentWeight weight;
   float factor;
-  int64_t height, width;
-  // Activations of the first pixel, and bytes to the next pixel's and to the next row's. Readable 64
-  // bytes past the last piece.
+  int64_t images, height, width;
+  // Activations of the first pixel, and bytes to the next pixel's, to the next row's and to the next
+  // image's. Readable 64 bytes past the last piece.
   const int8_t* q;
-  int64_t pixel_bytes, row_bytes;
-  // Outputs, whose pixels are `channels` bytes apart; what is added, or null.
+  int64_t pixel_bytes, row_bytes, image_bytes;
+  // Outputs; what is added, at the same distance from pixel to pixel, or null.
   int8_t* codes;
-  int64_t codes_row_bytes;
+  int64_t codes_pixel_bytes, codes_row_bytes, codes_image_bytes;
   const int8_t* added;
-  int64_t added_row_bytes;
+  int64_t added_row_bytes, added_image_bytes;
   float added_factor;
+  // Null, or for a weight of two tiles side by side and chunks of 64: memory for two tiles of every chunk,
+  // 64-byte aligned, where pixels that are not equally spaced are copied together once for all channels.
+  int8_t* copies;
 };
 
 struct ResidentConvKernel {

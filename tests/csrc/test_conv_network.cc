@@ -45,7 +45,7 @@ struct Conv {
     const Isa isa = conv_select(s, ceiling);
     check::Random random(static_cast<unsigned>(seed));
     codes.resize(static_cast<size_t>(s.out_channels * s.k()));
-    for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(16));
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random.below(s.bits == 2 ? 4 : s.bits == 8 ? 256 : 16));
     for (int64_t i = 0; i < s.out_channels; ++i) {
       scale.push_back(0.02f * (1.5f + random.uniform()));
       zero.push_back(static_cast<float>(zero_of_all < 0 ? random.below(16) : zero_of_all));
@@ -464,6 +464,58 @@ void test_kept(Isa isa) {
   }
 }
 
+// Convolutions whose weights are unpacked at each call where the variant has a kernel for that: of all bits, with
+// pieces that fill no quad, a stride, a residual, and one of more channels than are unpacked together.
+void test_unpacked(Isa isa) {
+  struct Wide {
+    Conv stem, spare, two, same, eight, point, last;
+    static ConvShape with_bits(ConvShape s, int64_t bits) {
+      s.bits = bits;
+      return s;
+    }
+    explicit Wide(Isa of)
+        : stem(shape_of(3, 70, 3, 2, 1), of, 1),
+          spare(shape_of(70, 96, 3, 1, 1), of, 2, 8),
+          two(with_bits(shape_of(96, 128, 3, 1, 1), 2), of, 3, 1),
+          same(shape_of(128, 128, 3, 1, 1), of, 4, 8),
+          eight(with_bits(shape_of(128, 512, 3, 2, 1), 8), of, 5, 128),
+          point(shape_of(512, 160, 1, 2, 0), of, 6, 8),
+          last(shape_of(160, 10, 1, 1, 0), of, 7, 8) {}
+    std::vector<NetworkStep> steps() const {
+      std::vector<NetworkStep> made = {stem.step(0, -1, true), spare.step(1, -1, true),  two.step(2, -1, false),
+                                       same.step(3, 3, true),  eight.step(4, -1, false), point.step(5, -1, true),
+                                       last.step(6, -1, false)};
+      const float scale[] = {0.05f, 0.1f, 0.2f, 0.9f, 200.0f, 90.0f};  // about those of the values
+      for (size_t i = 0; i + 1 < made.size(); ++i) {
+        made[i].scale = scale[i];
+        made[i].zero = made[i].relu ? -127 : 4;
+      }
+      return made;
+    }
+  };
+  const Wide network(isa), oracle(Isa::reference);
+  const bool has_kernel = isa != Isa::reference && resident_conv_pick(isa)->isa == isa;
+  for (const Conv* conv : {&network.spare, &network.two, &network.same, &network.eight, &network.point}) {
+    ConvPlan plan;
+    const int64_t border = conv->shape.pad_top;
+    const CodeMap map = {conv->shape.in_channels, 14, 14, border, border, border, border};
+    CHECK(conv_plan_codes(conv->layout.get(), conv->bytes, map, &plan) == Status::ok);
+    CHECK(conv_keep_weight(conv->bias.data(), &plan) == Status::ok);
+    CHECK((plan.kept.kernel != nullptr) == has_kernel && !plan.kept.resident);
+  }
+  check::Random random(9);
+  for (int64_t images : {int64_t{1}, int64_t{3}}) {
+    for (int64_t width : {int64_t{28}, int64_t{13}, int64_t{3}}) {
+      const std::vector<float> x = random_images(images, 3 * 28 * width, random);
+      const Result ours = run(network.steps(), images, 28, width, x, true);
+      const Result reference = run(oracle.steps(), images, 28, width, x, true);
+      CHECK(ours.status == Status::ok && reference.status == Status::ok);
+      CHECK_NOTE(same_bits(ours.y, reference.y), "%s, unpacked weights, %d images of 28 x %d", isa_name(isa),
+                 static_cast<int>(images), static_cast<int>(width));
+    }
+  }
+}
+
 // A window of more rows and columns than are compared at a time, most of it in the padding at the borders.
 void test_wide_pool(Isa isa) {
   const CodeNetwork network(isa), oracle(Isa::reference);
@@ -542,6 +594,7 @@ int main() {
     test_variant(isas[i]);
     test_codes(isas[i]);
     test_kept(isas[i]);
+    test_unpacked(isas[i]);
     test_wide_pool(isas[i]);
     std::printf("  conv_network    %-12s ran, equal to the reference\n", isa_name(isas[i]));
   }
