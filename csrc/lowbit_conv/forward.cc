@@ -10,6 +10,7 @@
 #include "epilogue/epilogue.h"
 #include "lowbit_conv/conv_plan.h"
 #include "quantize_images/quantize_images.h"
+#include "runtime/fresh_pages.h"
 #include "runtime/scratch.h"
 #include "runtime/threads.h"
 
@@ -339,6 +340,7 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const Status status = conv_plan(layout, layout_bytes, input.height, input.width, &plan);
   if (status != Status::ok) return status;
   if (input.images == 0) return Status::ok;
+  map_fresh_pages(y, input.images * plan.out_floats() * static_cast<int64_t>(sizeof(float)));
   if (plan.layout.run.depthwise()) return run_images(plan, input, bias, y);
 
   // Batches: as many images at a time as stay in L2 between quantization and multiplication, whole
