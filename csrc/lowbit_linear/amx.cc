@@ -27,7 +27,10 @@
 // ahead into L1, and all of it for weights that stay in L2 (2 to 5%).
 //
 // Trits (trits_avx512.h) become 2 bits a chunk ahead, which adds 12 ns to a chunk. Decoding them between the
-// products instead of all at once, or fetching into L2 the blocks that are expanded next, is slower.
+// products instead of all at once is slower. From 24 rows on amx_long_groups.h unpacks them as signed bytes, which
+// takes no longer than 2 bits do: 4096x4096 at 32, 64 and 256 rows 559 us to 458, 978 to 734 and 3,660 to 2,820, where
+// 2 bits take 505, 832 and 3,050. Expanding blocks to 2 bits instead left L2 room for no more than 1,024 channels a
+// copy of the activations.
 //
 // For rows enough that unpacking once for many of them pays, short groups run in amx_panel.h and all
 // others in amx_long_groups.h. No gain here: tile stores put off until the next group's products,
@@ -437,12 +440,12 @@ bool outgrows_cache(const TileTask& task) {
 
 // Codes of 8 bits are signed bytes only around the middle.
 bool has_signed_codes(int bits, const TileTask& task) {
-  return bits != kTrits && bits != 3 && (bits != 8 || (task.zero_scale == nullptr && task.uniform_zero == 128));
+  return bits != 3 && (bits != 8 || (task.zero_scale == nullptr && task.uniform_zero == 128));
 }
 
 // Groups of up to a panel.
 bool panels_pay(int bits, const TileTask& task, int64_t chunk_count) {
-  if (!has_signed_codes(bits, task)) return false;
+  if (bits == kTrits || !has_signed_codes(bits, task)) return false;
   if (task.codes.rows != nullptr || task.row_count < kMinPanelRows || chunk_count == 0) return false;
   return most_pairs(chunk_count) > 0 && longest_group(task) <= kPanelChunks;
 }
@@ -453,7 +456,9 @@ constexpr int64_t kMinLongBlocks = 4;
 
 bool long_groups_pay(int bits, const TileTask& task, int64_t block_count, int64_t chunk_count) {
   // At 64 rows the stream is as fast at 4 bits and 15% faster at 8, which it need not unpack.
-  const int64_t min_rows = bits == 2 && task.codes.rows == nullptr ? 64 : 96;
+  // Trits are taken apart for each 16 rows there, and here for 32 and more.
+  const int64_t min_rows = bits == kTrits ? 24 : bits == 2 && task.codes.rows == nullptr ? 64 : 96;
+  if (bits == kTrits && task.piece_count > 1) return false;
   if (!has_signed_codes(bits, task) || task.row_count < min_rows || block_count < kMinLongBlocks) return false;
   return chunk_count > 0 && most_long_pairs(chunk_count) > 0;
 }
@@ -496,7 +501,10 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
                chunk_count, row);
     } else if (task.scratch != nullptr && long_groups_pay(bits, task, block_count, chunk_count)) {
       row = end;
-      const auto run_bits = bits == 2 ? run_long<2> : bits == 8 ? run_long<8> : run_long<4>;
+      const auto run_bits = bits == 2        ? run_long<2>
+                            : bits == kTrits ? run_long<kTrits>
+                            : bits == 8      ? run_long<8>
+                                             : run_long<4>;
       run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
                chunk_count, row);
     }
@@ -545,9 +553,7 @@ void expand_block(int bits, const KPiece* pieces, int64_t piece_count, const uin
 
 template <int kBits>
 void signed_tiles_of(const Unit& unit, const Chunk* chunks, int64_t chunk_count, int32_t zero, int8_t* tiles) {
-  const SignedCodes codes = signed_codes<kBits>(zero);
-  auto* to = reinterpret_cast<uint8_t*>(tiles);
-  for (int64_t c = 0; c < chunk_count; ++c) unpack_signed<kBits>(unit, chunks[c], codes, to + c * kUnitTileBytes);
+  unpack_chunks<kBits>(unit, chunks, chunk_count, signed_bits<kBits>(zero), reinterpret_cast<uint8_t*>(tiles));
 }
 
 void signed_tiles(int bits, const KPiece* pieces, int64_t piece_count, int32_t zero, const uint8_t* block, bool upper,
@@ -568,7 +574,8 @@ void signed_tiles(int bits, const KPiece* pieces, int64_t piece_count, int32_t z
   }
 }
 
-int64_t expand_rows(int bits) { return bits == kTrits ? 48 : 128; }
+// Never for trits: amx_long_groups.h takes them apart where it wants them.
+int64_t expand_rows(int bits) { return bits == kTrits ? INT64_MAX : 128; }
 
 // Every CPU with AMX has 2 MB of L2. Loading the weights half as often: 4096x14336 at 8 bits and 512 rows
 // from 47.8 ms to 37.7.

@@ -207,7 +207,7 @@ void run_long_pass(const TileTask& task, int64_t block_bytes, int64_t channels, 
   auto* outputs = reinterpret_cast<float*>(carried_sums) + (task.groups > 1 ? pairs * kPairBytes / 4 : 0);
   auto* packed = reinterpret_cast<int8_t*>(carried_sums) + carried_bytes(task, pairs);
   pack_rows(task.rows, row_count, pairs, chunks, panels, panel_count, packed);
-  const SignedCodes codes = signed_codes<kBits>(kBits == 8 ? 128 : kZeros ? 0 : task.uniform_zero);
+  const auto codes = signed_codes<kBits>(kBits == 8 ? 128 : kZeros ? 0 : task.uniform_zero);
   const int64_t unit_count = (channels + kUnitN - 1) / kUnitN;
   Unit units[3];  // in turn: the sums of one leave during the next
   units[0] = unit_at<kBits>(task, block_bytes, channels, 0);
@@ -219,9 +219,7 @@ void run_long_pass(const TileTask& task, int64_t block_bytes, int64_t channels, 
     const int8_t* activations = packed;
     for (int64_t i = 0; i < panel_count; ++i) {
       const LongPanel panel = panels[i];
-      for (int64_t c = 0; c < panel.chunk_count; ++c) {
-        unpack_signed<kBits>(unit, chunks[panel.chunk + c], codes, memory->codes + c * kUnitTileBytes);
-      }
+      unpack_chunks<kBits>(unit, chunks + panel.chunk, panel.chunk_count, codes, memory->codes);
       const Unit& fetched_unit = i + 1 < panel_count ? unit : units[(u + 1) % 3];
       const LongPanel& fetched = panels[i + 1 < panel_count ? i + 1 : 0];
       // So many rows leave in each half chunk behind the first chunk that the last does it.

@@ -218,7 +218,7 @@ void run_pass(const TileTask& task, int64_t block_bytes, int64_t channels, const
   auto* memory = reinterpret_cast<PanelMemory*>(scratch);
   auto* packed = reinterpret_cast<int8_t*>(scratch + sizeof(PanelMemory));
   pack_activations(task, pairs, chunks, steps, step_count, packed);
-  const SignedCodes codes = signed_codes<kBits>(kBits == 8 ? 128 : kZeros ? 0 : task.uniform_zero);
+  const SignedCodes codes = signed_bits<kBits>(kBits == 8 ? 128 : kZeros ? 0 : task.uniform_zero);
   const int64_t unit_count = (channels + kUnitN - 1) / kUnitN;
   Unit units[4];  // in turn: the folds of one may go on during the next two
   Fold older, stored;

@@ -10,8 +10,7 @@
 // 420, where memory again delivers 29 to 30 GB/s; in L2 it is slower (2560 x 2560: 34 to 40 us), because ports
 // 0 and 5 then count, 4.8 cycles of them for 3.5. They meet at 2 to 2.5 MB of 2-bit codes for each thread, which
 // is stored_bits' threshold. Two rows break even; more want what is unpacked for each of them: 3 rows take 1.06
-// times as long as at 2 bits, 4 to 256 on AMX 1.2 to 1.35. Chosen for the one row of decoding: at 4096 x 4096,
-// a prompt of 256 rows loses 0.8 ms, which 32 single rows gain.
+// times as long as at 2 bits, 4 to 20 on AMX 1.2 to 1.3; from 24 on, it takes 0.9 to 1.05 times as long.
 //
 // Tried: five codes a byte (s + 128, vpermi2b on its absolute value, a masked subtraction, the byte itself for
 // the fifth): 0.79 of the speed of 2 bits in L2, 1.10 beyond it, where these have 0.98 and 1.2 as loops alone.

@@ -23,9 +23,9 @@
 //
 // Beyond the caches huge pages under the layout (huge_pages.h) take 10 to 20 % off one row.
 //
-// No gain from L3: huge pages, fetching 2, 4 or 8 KB ahead instead of 1, reading two to eight streams at once. In it: huge pages, fetching 0.5 or 2 KB ahead, fetching scales, the 32
-// steps of a group of 128 unrolled. Expanding 3 bits to 4 for few rows: the stores into L2 cost more than
-// the unpacking that they save until 64 rows.
+// No gain from L3: huge pages, fetching 2, 4 or 8 KB ahead instead of 1, reading two to eight streams at once. In it:
+// huge pages, fetching 0.5 or 2 KB ahead, fetching scales, the 32 steps of a group of 128 unrolled. Expanding 3 bits to
+// 4 for few rows: the stores into L2 cost more than the unpacking that they save until 64 rows.
 //
 // Tried and slower: activations as embedded broadcasts (one load for every product instead of one
 // for four: 717 GOPS at best); for several rows, float outputs in registers across the groups (GCC 12

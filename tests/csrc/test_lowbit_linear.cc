@@ -454,8 +454,8 @@ void three_bits_by_size(Isa isa) {
   }
 }
 
-// Ternary codes in 5/3 bits, forced at every size: rows for each of the kernel's ways, from one row to the
-// blocks that it expands, and pieces and channels that fill no step. The reference has them in 2 bits.
+// Ternary codes in 5/3 bits, forced at every size: rows and channels for each of the kernel's ways, from one row to
+// those for which it unpacks codes once, and pieces and channels that fill no step. The reference has them in 2 bits.
 void trits(Isa isa) {
   const LinearKernel& kernel = *linear_kernel(isa);
   const LinearKernel& reference = *linear_kernel(Isa::reference);
@@ -463,10 +463,10 @@ void trits(Isa isa) {
   if (!kernel.takes_trits) return;
   check::Random random(21);
   const int64_t row_counts[] = {1, 2, 3, 4, 5, 6, 7, 11, 16, 17, 23, 24, 37, 47, 48, 64, 101},
-                widths[] = {1, 15, 16, 17, 32, 33, 63, 64, 65, 130, 200},
-                sizes[] = {1, 5, 23, 24, 25, 48, 63, 64, 65, 96, 130, 191, 192, 193, 200, 520, 1001};
+                widths[] = {1, 15, 16, 17, 32, 33, 63, 64, 65, 130, 200, 257, 330},
+                sizes[] = {1, 5, 23, 24, 25, 48, 63, 64, 65, 96, 130, 191, 192, 193, 200, 520, 1701};
   for (int round = 0; round < 260; ++round) {
-    const int64_t m = row_counts[round % 17], n = widths[round % 11], groups = round % 4 == 3 ? 1 + random.below(4) : 1;
+    const int64_t m = row_counts[round % 17], n = widths[round % 13], groups = round % 4 == 3 ? 1 + random.below(4) : 1;
     std::vector<KPiece> pieces;
     int64_t k = 0;
     for (int64_t g = 0; g < groups; ++g) {
