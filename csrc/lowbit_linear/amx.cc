@@ -22,9 +22,9 @@
 // stores of two tiles; the stores of four tiles in a row cost 23 ns.
 //
 // Weights from beyond L2 are fetched into L1 1 KB ahead of the unpacking, and scales two groups ahead of their sums, on
-// the first way through them: from DRAM a tenth less time at 3 to 8 bits (4096x14336 in groups of 128, 8 rows:
-// 2,620 us to 2,300), nothing at 2. As fast: 2 to 8 KB ahead into L2, with or without 1 KB into L1. Slower: 2 to 8 KB
-// ahead into L1, and all of it for weights that stay in L2 (2 to 5%).
+// the first way through them: from DRAM a tenth less time at 4 bits (4096x14336 in groups of 128, 8 rows, in huge
+// pages: 2,620 us to 2,300); at 8 bits measured only together with those, at 3 not; nothing at 2. As fast within the
+// spread: 4 or 8 KB ahead into L2. Mostly slower: 2 to 8 KB ahead into L1. Weights that stay in L2 lose 2 to 5%.
 //
 // Trits (trits_avx512.h) become 2 bits a chunk ahead, which adds 12 ns to a chunk. Decoding them between the
 // products instead of all at once is slower. From 24 rows on amx_long_groups.h unpacks them as signed bytes, which

@@ -1,8 +1,8 @@
 // Large pages under memory that is written once and read from end to end.
 //
 // A weight beyond the caches is read at 17 to 18 GB/s from DRAM in pages of 4 KB and at 19 to 20 in pages of 2 MB,
-// because in a virtual machine each of the former costs a walk through two page tables. From the L3 cache there is
-// no difference.
+// presumably for the page walks, which go through two tables in a virtual machine. From the L3 cache there is no
+// difference.
 #pragma once
 
 #include <cstdint>
