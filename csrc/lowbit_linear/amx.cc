@@ -38,6 +38,7 @@
 #include "lowbit_linear/lowbit_linear.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__AVX512DQ__)
+#include "epilogue/rows.h"
 #include "lowbit_linear/amx_chunks.h"
 #include "lowbit_linear/amx_long_groups.h"
 #include "lowbit_linear/amx_panel.h"
@@ -157,6 +158,7 @@ void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
     task->first_channel += kBlockN;
   } else {
     task->y += kBlockN;
+    if (task->epilogue.residual != nullptr) task->epilogue.residual += kBlockN;
   }
   task->block_n_valid = *channels < kBlockN ? *channels : kBlockN;
 }
@@ -472,7 +474,6 @@ int64_t scratch_bytes(int bits, const TileTask& task, int64_t block_count) {
 
 void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t block_bytes, int64_t channels) {
   TileTask task = first;
-  task.stream_outputs = outgrows_cache(task);
   // Chunks that short groups leave half empty pay off at more rows.
   const int64_t chunk_count = count_chunks(task);
   // One that the end of k leaves so, among several, does not.
@@ -483,6 +484,11 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   const int64_t tiles = (task.row_count + kTileRows - 1) / kTileRows, tail = task.row_count % kTileRows;
   const bool on_vnni = (bits == kTrits && task.piece_count > 1) || chunk_count > kMaxChunks || min_rows > kTileRows ||
                        chunk_count * block_count * tiles < kMinChunks;
+  const bool in_panels = task.scratch != nullptr && panels_pay(bits, task, chunk_count);
+  const bool in_long_groups =
+      !in_panels && task.scratch != nullptr && long_groups_pay(bits, task, block_count, chunk_count);
+  // Long groups have their epilogue before they write; other rows read again what they wrote.
+  task.stream_outputs = (in_long_groups || task.epilogue.empty()) && outgrows_cache(task);
   // The rows from here on are too few for a tile.
   const int64_t end = on_vnni ? 0 : task.row_count - (tail < min_rows ? tail : 0);
   if (end > 0) {
@@ -494,12 +500,12 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
       row = end / kNarrowRows * kNarrowRows;
       const auto run_bits = bits == 2 ? run_narrow_bits<2> : bits == 8 ? run_narrow_bits<8> : run_narrow_bits<4>;
       if (row > 0) run_bits(task, chunks, chunk_count, row);
-    } else if (task.scratch != nullptr && panels_pay(bits, task, chunk_count)) {
+    } else if (in_panels) {
       row = end / kPairRows * kPairRows;
       const auto run_bits = bits == 2 ? run_panels<2> : bits == 8 ? run_panels<8> : run_panels<4>;
       run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
                chunk_count, row);
-    } else if (task.scratch != nullptr && long_groups_pay(bits, task, block_count, chunk_count)) {
+    } else if (in_long_groups) {
       row = end;
       const auto run_bits = bits == 2        ? run_long<2>
                             : bits == kTrits ? run_long<kTrits>
@@ -525,6 +531,16 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   }
   if (task.stream_outputs) _mm_sfence();  // streamed stores are not ordered with the caller's flags
   if (end < task.row_count) run_vnni(bits, from_row(task, end), block_count, block_bytes, channels);
+  const TileTask unfinished = from_row(task, in_long_groups ? end : 0);
+  if (!task.epilogue.empty() && unfinished.row_count > 0) {
+    const int64_t width = channels < block_count * kBlockN ? channels : block_count * kBlockN;
+    epilogue_rows<Floats>({unfinished.y, unfinished.ldy, unfinished.row_count, width, unfinished.epilogue});
+  }
+}
+
+bool finishes_outputs(int bits, const TileTask& task, int64_t block_count) {
+  constexpr int64_t kKeptBytes = 1 << 20;  // less is in L2 still when others come to it
+  return task.row_count * task.ldy * 4 > kKeptBytes && long_groups_pay(bits, task, block_count, count_chunks(task));
 }
 
 void run(int bits, const TileTask& task) { run_blocks(bits, task, 1, 0, task.block_n_valid); }
@@ -584,9 +600,24 @@ constexpr int64_t kActivationBytes = 768 << 10;
 // One copy of the activations for 1,024 channels each took 8% of 4096x4096 at 512 rows.
 constexpr int64_t kChannelsPerCopy = 4096;
 
-constexpr LinearKernel kernel = {
-    Isa::amx,    64, block_bytes,      lane_factor, pack_block,    unpack_block,     run,  run_blocks,  expand_block,
-    expand_rows, 0,  kActivationBytes, true,        scratch_bytes, kChannelsPerCopy, true, signed_tiles};
+constexpr LinearKernel kernel = {Isa::amx,
+                                 64,
+                                 block_bytes,
+                                 lane_factor,
+                                 pack_block,
+                                 unpack_block,
+                                 run,
+                                 run_blocks,
+                                 expand_block,
+                                 expand_rows,
+                                 0,
+                                 kActivationBytes,
+                                 true,
+                                 scratch_bytes,
+                                 kChannelsPerCopy,
+                                 true,
+                                 signed_tiles,
+                                 finishes_outputs};
 
 }  // namespace
 

@@ -60,6 +60,7 @@ TileTask from_row(TileTask task, int64_t row) {
     if (task.codes.added != nullptr) task.codes.added += row;
   } else {
     task.y += row * task.ldy;
+    if (task.epilogue.residual != nullptr) task.epilogue.residual += row * task.epilogue.ldr;
   }
   return task;
 }

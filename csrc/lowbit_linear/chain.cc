@@ -16,8 +16,9 @@ struct Plan {
   Isa isa = Isa::reference;
   int64_t group_size[kMaxStages];  // of the sums of a stage's rounded inputs
   bool rounded[kMaxStages] = {};   // a stage's outputs are only read rounded to int8
+  PackedView view[kMaxStages];
   int64_t weight_bytes = 0, macs_per_row = 0;
-  int64_t floats_per_row = 0;                   // of every intermediate output
+  int64_t floats_per_row = 0;                   // of every output that is not the chain's
   int64_t codes_per_row = 0, sums_per_row = 0;  // of the widest rounded one
 };
 
@@ -26,7 +27,7 @@ Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args,
   if (count < 1 || count > kMaxStages || args.m < 0) return Status::invalid_argument;
   const bool no_x = args.x == nullptr && args.m > 0, no_residual = args.residual == nullptr && args.m > 0;
   for (int64_t i = 0; i < count; ++i) {
-    PackedView view;
+    PackedView& view = plan->view[i];
     const Status status = linear_read(stages[i].weight.layout, stages[i].weight.layout_bytes, &plan->shape[i], &view);
     if (status != Status::ok) return status;
     if (i == 0) plan->isa = view.kernel->isa;
@@ -44,7 +45,7 @@ Status make_plan(const ChainStage* stages, int64_t count, const ChainArgs& args,
     if (residual >= 0 && plan->shape[residual].n != shape.n) return Status::invalid_argument;
     plan->weight_bytes += stages[i].weight.layout_bytes;
     plan->macs_per_row += shape.n * shape.k;
-    plan->floats_per_row += shape.n;
+    if (i + 1 < count || args.y == nullptr) plan->floats_per_row += shape.n;
   }
   const LinearShape &first = plan->shape[0], &last = plan->shape[count - 1];
   if (no_x && args.rows.q == nullptr) return Status::invalid_argument;
@@ -84,7 +85,8 @@ Status normalize(const float* x, int64_t ldx, int64_t m, int64_t n, const LayerN
 //
 // Outputs that are only read rounded get their epilogue row by row as they are rounded, which reads them
 // once where an epilogue of their own would read and write them all, and rounding read them again. Not when
-// threads share the channels of these rows: each has the outputs of its channels at hand.
+// threads share the channels of these rows: each has the outputs of its channels at hand. Nor where the kernel has
+// the epilogue before it writes.
 Status run_rows(const ChainStage* stages, int64_t count, const ChainArgs& args, const Plan& plan, int64_t begin,
                 int64_t m) {
   ScratchPlan parts;
@@ -141,7 +143,7 @@ Status run_rows(const ChainStage* stages, int64_t count, const ChainArgs& args, 
       epilogue.residual = outputs[stage.residual];
       epilogue.ldr = strides[stage.residual];
     }
-    const bool rounds = plan.rounded[i] && alone && !epilogue.empty();
+    const bool rounds = plan.rounded[i] && alone && !epilogue.empty() && !packed_view_finishes(plan.view[i], m, n);
     if (!rounds) linear.epilogue = epilogue;
     linear.y = writes_y ? args.y + begin * args.ldy : memory;
     linear.ldy = writes_y ? args.ldy : n;

@@ -174,8 +174,9 @@ struct TileTask {
   bool beyond_l2 = false;       // the weight, of which this is a part, comes from beyond a core's L2
   bool stream_outputs = false;  // a variant may set it to write past the caches
   CodeOutputs codes;            // instead of y, for a kernel that writes codes
-  int64_t first_channel = 0;    // of the block, for them
-  uint8_t* scratch = nullptr;   // the kernel's scratch_bytes, 64-byte aligned, or null
+  Epilogue epilogue;  // of y, its residual that of row 0 and channel 0; where the kernel's finishes_outputs says so
+  int64_t first_channel = 0;   // of the block, for them
+  uint8_t* scratch = nullptr;  // the kernel's scratch_bytes, 64-byte aligned, or null
 };
 
 struct LinearKernel {
@@ -216,6 +217,9 @@ struct LinearKernel {
   // [chunks][2][16][16 channels][4 k], up to 64 k of one piece a chunk, zeros behind its end. Not for 3 bits or trits.
   void (*signed_tiles)(int bits, const KPiece* pieces, int64_t piece_count, int32_t zero, const uint8_t* block,
                        bool upper, int8_t* tiles) = nullptr;
+  // Optional: true if run_blocks should get the epilogue of so many blocks, too, which pays where the outputs leave L2
+  // as they are written. Reads neither the rows nor y.
+  bool (*finishes_outputs)(int bits, const TileTask& task, int64_t block_count) = nullptr;
 };
 
 // The bits whose kernels need no unpacking that those of `bits` need; `bits` itself where there are none.
@@ -270,8 +274,12 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
 // The shape and the view of a buffer that linear_pack filled; wrong_layout if it is none.
 Status linear_read(const void* layout, int64_t layout_bytes, LinearShape* shape, PackedView* view);
 
+// True if an epilogue of so many rows is the kernel's, which has it before it writes: int8 rows, no offsets.
+bool packed_view_finishes(const PackedView& view, int64_t row_count, int64_t ldy);
+
 // Every row against every channel, in chunks shared out over OpenMP's threads; the epilogue follows
-// each chunk while its outputs are in the cache. Only `halves` needs memory that may be lacking.
+// each chunk while its outputs are in the cache, unless the kernel has it before it writes them. Only `halves` needs
+// memory that may be lacking.
 //   group_scale  [row_count, groups] or null, as in TileTask
 //   group_offset [row_count, groups] or null: what the activations of a group are counted from
 //   halves       rows 2 i and 2 i + 1 are the halves of row i of y (Activations::int16)
@@ -280,11 +288,12 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
                        const Epilogue& epilogue = {}, const float* group_scale = nullptr,
                        const float* group_offset = nullptr, bool halves = false);
 
-// The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias and y
-// are those of channel 0.
+// The same on the calling thread for the channels of blocks block_begin .. block_end - 1; bias, y and the
+// residual are those of channel 0. An epilogue only where the kernel finishes these outputs.
 void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                             const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                            int64_t block_begin, int64_t block_end, const float* group_scale = nullptr);
+                            int64_t block_begin, int64_t block_end, const float* group_scale = nullptr,
+                            const Epilogue& epilogue = {});
 
 // The same to codes. Only kernels that write floats need memory that may be lacking.
 Status packed_view_run_codes(const PackedView& view, const int8_t* const* rows, const float* row_scale,

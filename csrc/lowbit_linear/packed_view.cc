@@ -125,6 +125,11 @@ bool expands(const PackedView& view, int64_t row_count) {
          row_count >= kernel.expand_rows(view.bits);
 }
 
+// The bits at which the kernel runs so many rows.
+int bits_run(const PackedView& view, int64_t row_count) {
+  return expands(view, row_count) ? expanded_bits(view.bits) : view.bits;
+}
+
 TileTask task_of(const PackedView& view, const int8_t* const* rows, const float* row_scale, const int32_t* row_sums,
                  int64_t row_count) {
   TileTask task = {};
@@ -260,6 +265,13 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
   }
 }
 
+bool packed_view_finishes(const PackedView& view, int64_t row_count, int64_t ldy) {
+  if (view.kernel->finishes_outputs == nullptr || row_count == 0) return false;
+  TileTask task = task_of(view, nullptr, nullptr, nullptr, row_count);
+  task.ldy = ldy;
+  return view.kernel->finishes_outputs(bits_run(view, row_count), task, blocks_of(*view.kernel, view.n));
+}
+
 Status packed_view_run(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                        const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
                        const Epilogue& epilogue, const float* group_scale, const float* group_offset, bool halves) {
@@ -276,7 +288,8 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   int64_t rows_fit = std::max<int64_t>(64, view.kernel->activation_bytes / std::max<int64_t>(1, k) / 64 * 64);
   const EpilogueKernel* epilogue_of_chunk = nullptr;
   const bool offsets = group_offset != nullptr && view.weight_sum != nullptr;
-  if (!epilogue.empty()) {  // which reads the outputs again: they stay in L2, too
+  const bool finished = !epilogue.empty() && !offsets && !halves && packed_view_finishes(view, row_count, ldy);
+  if (!epilogue.empty() && !finished) {  // which reads the outputs again: they stay in L2, too
     epilogue_of_chunk = epilogue_kernel(view.kernel->isa);
     rows_fit = std::clamp<int64_t>(kOutputBytes / std::max<int64_t>(1, 4 * view.n) / 32 * 32, 32, rows_fit);
   }
@@ -290,8 +303,7 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   bool copies = false;  // the kernel copies the activations at every call
   if (view.kernel->scratch_bytes != nullptr && row_count > 0) {
     const TileTask task = task_of(view, rows, row_scale, row_sums, std::min(row_count, rows_fit));
-    copies = view.kernel->scratch_bytes(expands(view, task.row_count) ? expanded_bits(view.bits) : view.bits, task,
-                                        blocks) > 0;
+    copies = view.kernel->scratch_bytes(bits_run(view, task.row_count), task, blocks) > 0;
   }
   if (copies) {  // chunks of equal height, as many for every thread
     const int64_t sharing = available_threads();
@@ -319,6 +331,11 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
   const int64_t blocks_per_chunk = std::max<int64_t>({1, least, std::min(macs / macs_per_block, blocks_fit)});
   const int64_t block_chunks = (blocks + blocks_per_chunk - 1) / blocks_per_chunk;
   const int64_t chunks = row_chunks * block_chunks;
+  const auto epilogue_at = [&](int64_t row, int64_t channel) {
+    Epilogue there = epilogue;
+    if (there.residual != nullptr) there.residual += row * there.ldr + channel;
+    return there;
+  };
   std::atomic<bool> lacks_memory{false};
   const auto run_chunk = [&](int64_t c) {
     const int64_t row_begin = c / block_chunks * rows_fit, block_begin = c % block_chunks * blocks_per_chunk;
@@ -328,7 +345,8 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
     const auto run = [&](const float* from_bias, float* to, int64_t ldto) {
       packed_view_run_blocks(view, rows + row_begin, row_scale + row_begin, row_sums + row_begin * view.groups,
                              rows_here, from_bias, to, ldto, block_begin, block_end,
-                             group_scale == nullptr ? nullptr : group_scale + row_begin * view.groups);
+                             group_scale == nullptr ? nullptr : group_scale + row_begin * view.groups,
+                             finished ? epilogue_at(row_begin, 0) : Epilogue{});
     };
     const int64_t y_row = halves ? row_begin / 2 : row_begin, y_rows = halves ? rows_here / 2 : rows_here;
     if (halves) {
@@ -350,9 +368,7 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
                  block_n, y + y_row * ldy + b * block_n, ldy, y_rows, std::min(block_n, view.n - b * block_n)});
     }
     if (epilogue_of_chunk == nullptr) return;
-    EpilogueArgs args = {y + y_row * ldy + first, ldy, y_rows, width, epilogue};
-    if (epilogue.residual != nullptr) args.epilogue.residual += y_row * epilogue.ldr + first;
-    epilogue_of_chunk->run(args);
+    epilogue_of_chunk->run({y + y_row * ldy + first, ldy, y_rows, width, epilogue_at(y_row, first)});
   };
   const int64_t outputs = halves ? row_count / 2 : row_count;
   map_fresh_pages(y, outputs == 0 ? 0 : ((outputs - 1) * ldy + view.n) * static_cast<int64_t>(sizeof(float)));
@@ -362,9 +378,10 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
 
 namespace {
 
-// The task for the channels of blocks block_begin .. block_end - 1; bias and y are those of channel 0.
+// The task for the channels of blocks block_begin .. block_end - 1; bias, y and the residual are those of channel 0.
 void run_blocks(const PackedView& view, TileTask task, const float* bias, float* y, int64_t block_begin,
                 int64_t block_end) {
+  const float* const residual = task.epilogue.residual;
   const int64_t block_n = view.kernel->block_n, row_count = task.row_count;
   const LinearKernel& kernel = *view.kernel;
   Expanded room;
@@ -380,6 +397,7 @@ void run_blocks(const PackedView& view, TileTask task, const float* bias, float*
     task.zero_scale = view.zero_scale == nullptr ? nullptr : view.zero_scale + b * view.groups * block_n;
     task.bias = bias == nullptr ? nullptr : bias + b * block_n;
     if (y != nullptr) task.y = y + b * block_n;
+    if (residual != nullptr) task.epilogue.residual = residual + b * block_n;
     task.first_channel = b * block_n;
     task.block_n_valid = std::min(block_n, view.n - b * block_n);
     if (kernel.run_blocks != nullptr) count = block_end - b;
@@ -410,8 +428,10 @@ void run_blocks(const PackedView& view, TileTask task, const float* bias, float*
 
 void packed_view_run_blocks(const PackedView& view, const int8_t* const* rows, const float* row_scale,
                             const int32_t* row_sums, int64_t row_count, const float* bias, float* y, int64_t ldy,
-                            int64_t block_begin, int64_t block_end, const float* group_scale) {
+                            int64_t block_begin, int64_t block_end, const float* group_scale,
+                            const Epilogue& epilogue) {
   TileTask task = task_of(view, rows, row_scale, row_sums, row_count);
+  task.epilogue = epilogue;
   task.group_scale = group_scale;
   task.ldy = ldy;
   run_blocks(view, task, bias, y, block_begin, block_end);

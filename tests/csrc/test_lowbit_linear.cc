@@ -632,7 +632,8 @@ void bad_input(Isa isa) {
 // were rounded before, with sums of these groups or of others, what the float rows give.
 void fused(Isa isa) {
   check::Random random(11);
-  for (const Case& c : {Case{1, 70, 65, 65}, Case{3, 19, 37, 8}, Case{37, 130, 96, 32}, Case{70, 5000, 40, 40}}) {
+  for (const Case& c : {Case{1, 70, 65, 65}, Case{3, 19, 37, 8}, Case{37, 130, 96, 32}, Case{70, 5000, 40, 40},
+                        Case{130, 2100, 768, 768}}) {
     const LinearShape shape = {c.n, c.k, 4, c.group_size};
     const Weights w = make_weights(shape, Zeros::uniform, random);
     const Layout layout(w, isa);

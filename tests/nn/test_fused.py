@@ -62,6 +62,23 @@ def test_ffn_equals_the_composition(activation: str, norm_first: bool, shape: tu
         assert_same_up_to_rounding(ffn(x.transpose(0, -2)).transpose(0, -2), y)  # not contiguous
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("residual", [None, "given"])
+@pytest.mark.parametrize("group_size", [None, 64])
+@torch.no_grad()
+def test_many_rows_are_those_of_few(activation: str, residual: str | None, group_size: int | None) -> None:
+    """Outputs that leave the caches, in whole tiles or not, get their epilogue elsewhere than those of few rows."""
+    for width in (1088, 1100):
+        chain = PackedChain(
+            [Stage(linear=layer(width, 768, group_size=group_size), activation=activation, residual=residual)]
+        )
+        x, added = torch.randn(530, 768), None if residual is None else torch.randn(530, width)
+        parts = [chain(x[i : i + 8], None if added is None else added[i : i + 8]) for i in range(0, len(x), 8)]
+        assert torch.equal(chain(x, added), torch.cat(parts))
+        rows = quantize_rows(torch.cat(parts))
+        assert torch.equal(chain.run_rounded(x, added).dequantize(), rows.dequantize())
+
+
 @torch.no_grad()
 def test_no_rows_at_all() -> None:
     ffn = PackedFFN(layer(40, 24), layer(24, 40), residual=True, norm=norm(24))
