@@ -600,24 +600,20 @@ constexpr int64_t kActivationBytes = 768 << 10;
 // One copy of the activations for 1,024 channels each took 8% of 4096x4096 at 512 rows.
 constexpr int64_t kChannelsPerCopy = 4096;
 
-constexpr LinearKernel kernel = {Isa::amx,
-                                 64,
-                                 block_bytes,
-                                 lane_factor,
-                                 pack_block,
-                                 unpack_block,
-                                 run,
-                                 run_blocks,
-                                 expand_block,
-                                 expand_rows,
-                                 0,
-                                 kActivationBytes,
-                                 true,
-                                 scratch_bytes,
-                                 kChannelsPerCopy,
-                                 true,
-                                 signed_tiles,
-                                 finishes_outputs};
+constexpr LinearKernel kernel = [] {
+  LinearKernel all = {Isa::amx, kBlockN, block_bytes, lane_factor, pack_block, unpack_block, run};
+  all.run_blocks = run_blocks;
+  all.expand_block = expand_block;
+  all.expand_rows = expand_rows;
+  all.activation_bytes = kActivationBytes;
+  all.writes_codes = true;
+  all.scratch_bytes = scratch_bytes;
+  all.channels_per_copy = kChannelsPerCopy;
+  all.takes_trits = true;
+  all.signed_tiles = signed_tiles;
+  all.finishes_outputs = finishes_outputs;
+  return all;
+}();
 
 }  // namespace
 

@@ -259,8 +259,12 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   for (int64_t b = 0; b < block_count; ++b) run(bits, task_at(rest, b, block_bytes, channels));
 }
 
-constexpr LinearKernel kernel = {Isa::avx2, kBlockN,    block_bytes, lane_factor, pack_block, unpack_block,
-                                 run,       run_blocks, nullptr,     0,           1024};
+constexpr LinearKernel kernel = [] {
+  LinearKernel all = {Isa::avx2, kBlockN, block_bytes, lane_factor, pack_block, unpack_block, run};
+  all.run_blocks = run_blocks;
+  all.channels_at_once = 1024;
+  return all;
+}();
 
 }  // namespace
 

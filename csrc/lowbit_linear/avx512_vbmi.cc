@@ -142,9 +142,14 @@ void run(int bits, const TileTask& task) {
   }
 }
 
-constexpr LinearKernel kernel = {
-    Isa::avx512_vbmi, kBlockN,     block_bytes, lane_factor, pack_block, unpack_block, run, nullptr,
-    expand_block,     expand_rows, 0,           384 << 10,   true,       nullptr,      0,   true};
+constexpr LinearKernel kernel = [] {
+  LinearKernel all = {Isa::avx512_vbmi, kBlockN, block_bytes, lane_factor, pack_block, unpack_block, run};
+  all.expand_block = expand_block;
+  all.expand_rows = expand_rows;
+  all.writes_codes = true;
+  all.takes_trits = true;
+  return all;
+}();
 
 }  // namespace
 
