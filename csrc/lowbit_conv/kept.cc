@@ -25,6 +25,8 @@ bool fits(const PackedView& view) {
   return view.zero_scale == nullptr && view.uniform_zero <= 128 && most <= 127;
 }
 
+int64_t macs_of(const ConvPlan& plan, int64_t images) { return images * plan.out_floats() * plan.layout.run.k(); }
+
 // Chunks as LinearKernel::signed_tiles cuts them.
 std::vector<int64_t> chunk_offsets(const std::vector<KPiece>& pieces) {
   std::vector<int64_t> offsets;
@@ -63,7 +65,7 @@ ResidentTask task_of(const ConvPlan& plan, const ConvActivations& activations, c
 }
 
 void multiply_resident(const ConvPlan& plan, const ConvActivations& activations, const ConvEpilogue& epilogue) {
-  const int64_t macs = plan.image_rows() * plan.layout.run.k() * plan.layout.run.out_channels;
+  const int64_t macs = macs_of(plan, 1);
   // Whole images to a thread that shares with none.
   const int64_t parts = available_threads() == 1 ? 1 : std::clamp<int64_t>(macs / kMacsPerTask, 1, plan.out_h);
   const bool worthwhile = activations.images * macs >= 2 * kMacsPerTask;
@@ -85,8 +87,7 @@ Status multiply_unpacked(const ConvPlan& plan, const ConvActivations& activation
   const KeptWeight& kept = plan.kept;
   const int64_t units = view.n / kUnpackedChannels, halves = view.kernel->block_n / kUnpackedChannels;
   const int64_t unit_bytes = kUnpackedChannels * kept.view.chunks.count * kUnpackedChunk;
-  const int64_t macs = activations.images * plan.image_rows() * plan.layout.run.k() * plan.layout.run.out_channels;
-  const bool worthwhile = macs >= 2 * kMacsPerTask;
+  const bool worthwhile = macs_of(plan, activations.images) >= 2 * kMacsPerTask;
   const int64_t threads = worthwhile ? available_threads() : 1;
   const int64_t most = plan.layout.run.stride_w > 1 ? kUnpackedBytesOfCopies : kUnpackedBytes;
   const int64_t least = (units * unit_bytes + most - 1) / most;
@@ -162,9 +163,10 @@ Status conv_keep_weight(const float* bias, ConvPlan* plan) try {
   memory += (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
   auto* tiles = reinterpret_cast<int8_t*>(memory + tiles_at);
   auto *scale = reinterpret_cast<float*>(memory + scale_at), *kept_bias = reinterpret_cast<float*>(memory + bias_at);
-  std::vector<uint8_t> codes(static_cast<size_t>(s.out_channels * s.k()));
+  // Codes that are unpacked at each call are not unpacked here.
+  std::vector<uint8_t> codes(static_cast<size_t>(kept.resident ? s.out_channels * s.k() : 0));
   std::vector<float> zero(static_cast<size_t>(s.out_channels));
-  packed_view_unpack(view, s.k(), codes.data(), scale, zero.data());
+  packed_view_unpack(view, s.k(), kept.resident ? codes.data() : nullptr, scale, zero.data());
   const int64_t most_tiles = kept.resident ? 4 : 2;
   std::copy(bias, bias + s.out_channels, kept_bias);
   if (kept.resident) {

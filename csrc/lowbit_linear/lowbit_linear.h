@@ -269,6 +269,7 @@ void packed_view_write(const LinearKernel& kernel, int bits, int code_bits, int6
                        const float* zero, void* memory, bool with_sums = false);
 // Reads the view back from memory that packed_view_write filled; wrong_layout if it does not fit.
 Status packed_view_read(const LinearKernel& kernel, const void* memory, int64_t bytes, PackedView* view);
+// codes may be null if only the others are wanted.
 void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float* scale, float* zero);
 
 // The shape and the view of a buffer that linear_pack filled; wrong_layout if it is none.

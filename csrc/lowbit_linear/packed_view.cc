@@ -251,8 +251,10 @@ void packed_view_unpack(const PackedView& view, int64_t k, uint8_t* codes, float
   const LinearKernel& kernel = *view.kernel;
   for (int64_t b = 0; b < blocks_of(kernel, view.n); ++b) {
     const int64_t first = b * kernel.block_n, valid = std::min(kernel.block_n, view.n - first);
-    kernel.unpack_block(view.bits, view.pieces, view.piece_count, view.blocks + b * view.block_bytes, k, valid,
-                        codes + first * k);
+    if (codes != nullptr) {
+      kernel.unpack_block(view.bits, view.pieces, view.piece_count, view.blocks + b * view.block_bytes, k, valid,
+                          codes + first * k);
+    }
     for (int64_t g = 0; g < view.groups; ++g) {
       for (int64_t lane = 0; lane < valid; ++lane) {
         scale[(first + lane) * view.groups + g] =
