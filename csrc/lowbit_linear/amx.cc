@@ -158,7 +158,6 @@ void advance(TileTask* task, int64_t block_bytes, int64_t* channels) {
     task->first_channel += kBlockN;
   } else {
     task->y += kBlockN;
-    if (task->epilogue.residual != nullptr) task->epilogue.residual += kBlockN;
   }
   task->block_n_valid = *channels < kBlockN ? *channels : kBlockN;
 }
@@ -489,6 +488,7 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
       !in_panels && task.scratch != nullptr && long_groups_pay(bits, task, block_count, chunk_count);
   // Long groups have their epilogue before they write; other rows read again what they wrote.
   task.stream_outputs = (in_long_groups || task.epilogue.empty()) && outgrows_cache(task);
+  const int64_t width = channels < block_count * kBlockN ? channels : block_count * kBlockN;
   // The rows from here on are too few for a tile.
   const int64_t end = on_vnni ? 0 : task.row_count - (tail < min_rows ? tail : 0);
   if (end > 0) {
@@ -503,16 +503,14 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
     } else if (in_panels) {
       row = end / kPairRows * kPairRows;
       const auto run_bits = bits == 2 ? run_panels<2> : bits == 8 ? run_panels<8> : run_panels<4>;
-      run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
-               chunk_count, row);
+      run_bits(task, block_bytes, width, chunks, chunk_count, row);
     } else if (in_long_groups) {
       row = end;
       const auto run_bits = bits == 2        ? run_long<2>
                             : bits == kTrits ? run_long<kTrits>
                             : bits == 8      ? run_long<8>
                                              : run_long<4>;
-      run_bits(task, block_bytes, channels < block_count * kBlockN ? channels : block_count * kBlockN, chunks,
-               chunk_count, row);
+      run_bits(task, block_bytes, width, chunks, chunk_count, row);
     }
     for (; row < end; row += kTileRows) {
       const int64_t rows = end - row < kTileRows ? end - row : kTileRows;
@@ -533,7 +531,6 @@ void run_blocks(int bits, const TileTask& first, int64_t block_count, int64_t bl
   if (end < task.row_count) run_vnni(bits, from_row(task, end), block_count, block_bytes, channels);
   const TileTask unfinished = from_row(task, in_long_groups ? end : 0);
   if (!task.epilogue.empty() && unfinished.row_count > 0) {
-    const int64_t width = channels < block_count * kBlockN ? channels : block_count * kBlockN;
     epilogue_rows<Floats>({unfinished.y, unfinished.ldy, unfinished.row_count, width, unfinished.epilogue});
   }
 }
