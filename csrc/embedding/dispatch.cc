@@ -199,7 +199,7 @@ Status embedding_forward(const void* layout, int64_t layout_bytes, const void* i
   whole.zero = header.zero;
   whole.ldy = ldy;
 
-  map_fresh_pages(y, count == 0 ? 0 : ((count - 1) * ldy + shape.dim) * static_cast<int64_t>(sizeof(float)));
+  map_fresh_rows(y, count, shape.dim, ldy);
   std::atomic<bool> outside{false};
   // A block's indices are checked and widened on the stack just before their rows are read.
   constexpr int64_t kBlock = 256;

@@ -340,7 +340,7 @@ Status conv_forward(const void* layout, int64_t layout_bytes, const ConvInput& i
   const Status status = conv_plan(layout, layout_bytes, input.height, input.width, &plan);
   if (status != Status::ok) return status;
   if (input.images == 0) return Status::ok;
-  map_fresh_pages(y, input.images * plan.out_floats() * static_cast<int64_t>(sizeof(float)));
+  map_fresh_rows(y, input.images, plan.out_floats(), plan.out_floats());
   if (plan.layout.run.depthwise()) return run_images(plan, input, bias, y);
 
   // Batches: as many images at a time as stay in L2 between quantization and multiplication, whole

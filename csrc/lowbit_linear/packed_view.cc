@@ -382,8 +382,7 @@ Status packed_view_run(const PackedView& view, const int8_t* const* rows, const 
     if (epilogue_of_chunk == nullptr) return;
     epilogue_of_chunk->run({y + y_row * ldy + first, ldy, y_rows, width, epilogue_at(y_row, first)});
   };
-  const int64_t outputs = halves ? row_count / 2 : row_count;
-  map_fresh_pages(y, outputs == 0 ? 0 : ((outputs - 1) * ldy + view.n) * static_cast<int64_t>(sizeof(float)));
+  map_fresh_rows(y, halves ? row_count / 2 : row_count, view.n, ldy);
   for_each_shared(chunks, threads > 1, run_chunk);
   return lacks_memory.load() ? Status::out_of_memory : Status::ok;
 }

@@ -34,4 +34,9 @@ inline void map_fresh_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// The same of rows of n floats, ldy apart.
+inline void map_fresh_rows(float* y, int64_t rows, int64_t n, int64_t ldy) {
+  if (rows > 0) map_fresh_pages(y, ((rows - 1) * ldy + n) * static_cast<int64_t>(sizeof(float)));
+}
+
 }  // namespace bantamweight
