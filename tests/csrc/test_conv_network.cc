@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -414,6 +415,32 @@ void test_codes(Isa isa) {
   }
 }
 
+// What a plan for such maps keeps of the weight.
+KeptWeight kept_of(const Conv& conv, int64_t border, int64_t height, int64_t width) {
+  ConvPlan plan;
+  const CodeMap map = {conv.shape.in_channels, height, width, border, border, border, border};
+  CHECK(conv_plan_codes(conv.layout.get(), conv.bytes, map, &plan) == Status::ok);
+  CHECK(conv_keep_weight(conv.bias.data(), &plan) == Status::ok);
+  return std::move(plan.kept);
+}
+
+// Bit for bit what the reference gives for images of such sizes.
+void against_reference(const char* what, Isa isa, const std::vector<NetworkStep>& steps,
+                       const std::vector<NetworkStep>& reference_steps, const std::vector<int64_t>& counts,
+                       int64_t height, const std::vector<int64_t>& widths, uint64_t seed) {
+  check::Random random(seed);
+  for (int64_t images : counts) {
+    for (int64_t width : widths) {
+      const std::vector<float> x = random_images(images, 3 * height * width, random);
+      const Result ours = run(steps, images, height, width, x, true);
+      const Result reference = run(reference_steps, images, height, width, x, true);
+      CHECK(ours.status == Status::ok && reference.status == Status::ok);
+      CHECK_NOTE(same_bits(ours.y, reference.y), "%s, %s weights, %d images of %d x %d", isa_name(isa), what,
+                 static_cast<int>(images), static_cast<int>(height), static_cast<int>(width));
+    }
+  }
+}
+
 // Convolutions whose weights the plan keeps where the variant has a kernel for that, with residuals and
 // borders, and one that it never keeps. A single image of this size is shared by the threads.
 void test_kept(Isa isa) {
@@ -438,30 +465,13 @@ void test_kept(Isa isa) {
     }
   };
   const Narrow network(isa), oracle(Isa::reference);
-  const auto keeps = [](const Conv& conv, int64_t padding) {
-    ConvPlan plan;
-    const CodeMap map = {conv.shape.in_channels, 45, 47, padding, padding, padding, padding};
-    CHECK(conv_plan_codes(conv.layout.get(), conv.bytes, map, &plan) == Status::ok);
-    CHECK(conv_keep_weight(conv.bias.data(), &plan) == Status::ok);
-    return plan.kept.kernel != nullptr;
-  };
   const bool has_kernel = isa != Isa::reference && resident_conv_pick(isa)->isa == isa;
   for (const Conv* conv : {&network.same, &network.down, &network.point}) {
-    CHECK(keeps(*conv, conv->shape.pad_top) == has_kernel);
+    CHECK((kept_of(*conv, conv->shape.pad_top, 45, 47).kernel != nullptr) == has_kernel);
   }
-  CHECK(!keeps(network.apart, 0));  // a zero for each channel
-  CHECK(!keeps(network.last, 1));   // 10 channels
-  check::Random random(7);
-  for (int64_t images : {int64_t{1}, int64_t{5}}) {
-    for (int64_t width : {int64_t{47}, int64_t{32}, int64_t{9}}) {
-      const std::vector<float> x = random_images(images, 3 * 45 * width, random);
-      const Result ours = run(network.steps(), images, 45, width, x, true);
-      const Result reference = run(oracle.steps(), images, 45, width, x, true);
-      CHECK(ours.status == Status::ok && reference.status == Status::ok);
-      CHECK_NOTE(same_bits(ours.y, reference.y), "%s, kept weights, %d images of 45 x %d", isa_name(isa),
-                 static_cast<int>(images), static_cast<int>(width));
-    }
-  }
+  CHECK(kept_of(network.apart, 0, 45, 47).kernel == nullptr);  // a zero for each channel
+  CHECK(kept_of(network.last, 1, 45, 47).kernel == nullptr);   // 10 channels
+  against_reference("kept", isa, network.steps(), oracle.steps(), {1, 5}, 45, {47, 32, 9}, 7);
 }
 
 // Convolutions whose weights are unpacked at each call where the variant has a kernel for that: of all bits, with
@@ -496,24 +506,10 @@ void test_unpacked(Isa isa) {
   const Wide network(isa), oracle(Isa::reference);
   const bool has_kernel = isa != Isa::reference && resident_conv_pick(isa)->isa == isa;
   for (const Conv* conv : {&network.spare, &network.two, &network.same, &network.eight, &network.point}) {
-    ConvPlan plan;
-    const int64_t border = conv->shape.pad_top;
-    const CodeMap map = {conv->shape.in_channels, 14, 14, border, border, border, border};
-    CHECK(conv_plan_codes(conv->layout.get(), conv->bytes, map, &plan) == Status::ok);
-    CHECK(conv_keep_weight(conv->bias.data(), &plan) == Status::ok);
-    CHECK((plan.kept.kernel != nullptr) == has_kernel && !plan.kept.resident);
+    const KeptWeight kept = kept_of(*conv, conv->shape.pad_top, 14, 14);
+    CHECK((kept.kernel != nullptr) == has_kernel && !kept.resident);
   }
-  check::Random random(9);
-  for (int64_t images : {int64_t{1}, int64_t{3}}) {
-    for (int64_t width : {int64_t{28}, int64_t{13}, int64_t{3}}) {
-      const std::vector<float> x = random_images(images, 3 * 28 * width, random);
-      const Result ours = run(network.steps(), images, 28, width, x, true);
-      const Result reference = run(oracle.steps(), images, 28, width, x, true);
-      CHECK(ours.status == Status::ok && reference.status == Status::ok);
-      CHECK_NOTE(same_bits(ours.y, reference.y), "%s, unpacked weights, %d images of 28 x %d", isa_name(isa),
-                 static_cast<int>(images), static_cast<int>(width));
-    }
-  }
+  against_reference("unpacked", isa, network.steps(), oracle.steps(), {1, 3}, 28, {28, 13, 3}, 9);
 }
 
 // A window of more rows and columns than are compared at a time, most of it in the padding at the borders.
