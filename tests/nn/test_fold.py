@@ -97,9 +97,47 @@ class Untraceable(nn.Module):
         return self.body(x) if x.sum() > 0 else x
 
 
-def test_what_cannot_be_traced_keeps_its_batchnorms(caplog: pytest.LogCaptureFixture) -> None:
+@torch.no_grad()
+def test_what_cannot_be_traced_is_folded_on_data(caplog: pytest.LogCaptureFixture) -> None:
+    model = Untraceable()
+    x = settle(model, 4, 3, 7, 7).abs()
     with caplog.at_level("INFO"):
-        folded, names = fold_batchnorm(Untraceable())
+        folded, names = fold_batchnorm(model)
     assert names == [] and isinstance(folded.body[1], nn.BatchNorm2d)
-    assert "Untraceable keeps its BatchNorms" in caplog.text
+    assert "Untraceable: torch.fx finds no BatchNorms to fold" in caplog.text
+    assert folded.kept_batchnorms == {"body.1": "torch.fx cannot trace the model"}
+    folded, names = fold_batchnorm(model, lambda net: net(x))
+    assert names == ["body.1"] and isinstance(folded.body[1], nn.Identity)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
     assert fold_batchnorm(nn.Linear(2, 2))[1] == []
+
+
+class Tricky(nn.Module):
+    """Pairs that look right to a trace and are not, around one that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a_norm = nn.Linear(6, 6), nn.BatchNorm1d(6)  # over [n, 6, 6], whose channels are dimension 1
+        self.b, self.b_norm = nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)
+        self.c, self.c_norm = nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)  # the output is kept and read later
+        self.grid: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.b_norm(self.b(self.a_norm(self.a(x))))
+        y = self.c(x.to(self.c_norm.weight.dtype))
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, 6).to(y)
+        if skip is None:
+            skip = y
+        return self.c_norm(y) + skip + self.grid
+
+
+@torch.no_grad()
+def test_folding_that_would_change_the_output_is_undone() -> None:
+    model = Tricky()
+    x = settle(model, 8, 6, 6)
+    model.grid = None
+    folded, names = fold_batchnorm(model, lambda net: net(x))
+    assert names == ["b_norm"] and folded.grid is None and model.grid is None
+    assert folded.kept_batchnorms["a_norm"] == "the network computes something else without it"
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)

@@ -116,7 +116,7 @@ def fuse(
                 f"calibration data is for the maps between convolutions, but this {kind} has no chain of them that can "
                 "be fused; leave calibration out"
             )
-        from ..quantize.calibrate import collect_batches  # quantize imports nn
+        from ..data import collect_batches
 
         # The ranges are those of every sample; which ones are held out matters to solvers of weights alone.
         use_int8_maps(model, collect_batches(model, calibration, held_out=0.0, seed=0))

@@ -1,15 +1,11 @@
-"""Calibration data, and what it makes the inputs of a layer be in the analog and in the quantized network."""
+"""A layer's problem from its inputs in the analog and in the quantized network: rows drawn, gathered and collected."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
-from ..errors import CalibrationError
 from ..nn.simulated import simulate_int8
 from ..weights import ConvGeometry, conv_matrix
 from .layer_problem import LayerProblem, ProblemBuilder
@@ -22,74 +18,6 @@ TargetLayer = nn.Linear | nn.Conv2d
 Streams = tuple[Tensor, Tensor, Tensor]
 
 _CHUNK_FLOATS = 1 << 24  # floats of the rows that are gathered at a time
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """One call of the model: its arguments, how many samples it has, and which of them are held out."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    held_out: Tensor  # bool [samples]
-
-    def fresh(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as copies, which a model that works in place may change."""
-        return _map_tensors((self.args, self.kwargs), Tensor.clone)
-
-    def run(self, model: nn.Module) -> Any:
-        args, kwargs = self.fresh()
-        return model(*args, **kwargs)
-
-
-def collect_batches(
-    model: nn.Module,
-    calibration: Iterable[Any] | Tensor | Callable[[nn.Module], Any],
-    *,
-    held_out: float,
-    seed: int,
-) -> list[Batch]:
-    """Every form of calibration data as a list of calls of the model.
-
-    Args:
-        calibration: a tensor (one batch, cut into batches of 64); an iterable, such as a DataLoader, of tensors,
-            of tuples whose first elements are the model's required arguments (labels after them are dropped), or of
-            dicts of keyword arguments; or a function that calls the model it is given on the data.
-        held_out: the share of the samples held out, a random choice of one at least (and not all, of two or more).
-
-    Raises:
-        CalibrationError: nothing in it, or something else than these forms.
-    """
-    if isinstance(calibration, Tensor):
-        calls = [((part,), {}) for part in calibration.split(64)] if calibration.numel() else []
-    elif isinstance(calibration, Mapping | str):
-        raise CalibrationError(
-            f"calibration is a {type(calibration).__name__}, but must be a tensor, an iterable of batches "
-            "(put a dict batch in a list), or a function of the model"
-        )
-    elif isinstance(calibration, Iterable):
-        calls = [_as_call(model, batch) for batch in calibration]
-    elif callable(calibration):
-        calls = _recorded_calls(model, calibration)
-    else:
-        raise CalibrationError(
-            f"calibration is a {type(calibration).__name__}, but must be a tensor, an iterable of batches, or a "
-            "function of the model"
-        )
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    calls = [_map_tensors(call, lambda tensor: tensor.detach().to(device)) for call in calls]
-    sizes = [_batch_size(call) for call in calls]
-    total = sum(sizes)
-    if total == 0:
-        raise CalibrationError("the calibration data is empty; pass at least one batch with one sample")
-    generator = torch.Generator().manual_seed(seed)
-    count = max(1, min(round(total * held_out), total - 1))
-    flags = torch.zeros(total, dtype=torch.bool)
-    flags[torch.randperm(total, generator=generator)[:count]] = True
-    return [
-        Batch(args=args, kwargs=kwargs, held_out=part)
-        for (args, kwargs), part in zip(calls, flags.split(sizes), strict=True)
-        if len(part) > 0
-    ]
 
 
 def layer_weight(layer: TargetLayer) -> Tensor:
@@ -198,72 +126,3 @@ def _output_size(layer: nn.Conv2d, shape: torch.Size) -> tuple[int, int]:
         reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) + 1
         sizes.append(max(0, (size + padding - reach) // layer.stride[axis] + 1))
     return sizes[0], sizes[1]
-
-
-def _as_call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | list | tuple | Mapping):
-        parameters = inspect.signature(model.forward).parameters.values()
-        required = sum(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
-        )
-        return tuple(batch[: max(1, required)]), {}
-    raise CalibrationError(
-        f"a calibration batch is a {type(batch).__name__}, but must be a tensor, a tuple that starts with tensors, or "
-        "a dict of keyword arguments; convert numpy arrays with torch.from_numpy"
-    )
-
-
-def _recorded_calls(
-    model: nn.Module, forward_loop: Callable[[nn.Module], Any]
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments of every call that `forward_loop` makes."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, dict(kwargs))),  # type: ignore[arg-type]
-        with_kwargs=True,
-    )
-    try:
-        with torch.no_grad():
-            forward_loop(model)
-    finally:
-        handle.remove()
-    return calls
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors_in(part)
-
-
-def call_tensors(batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Every tensor among the arguments of the batches, in order."""
-    for batch in batches:
-        yield from tensors_in((batch.args, batch.kwargs))
-
-
-def _batch_size(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
-    first = next(tensors_in(call), None)
-    if first is None:
-        raise CalibrationError("a calibration batch holds no tensor; pass batches of the model's inputs")
-    return first.shape[0] if first.ndim else 1
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(part, change) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(part, change) for part in value)
-    return value

@@ -1,31 +1,40 @@
-"""quantize and quantize_: a layer-wise method over a whole model, in forward order."""
+"""`quantize`: takes a model, layer by layer in forward order, from float to a quantized copy."""
 
 import copy
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..data import Batch, Calibration, call_tensors, collect_batches
 from ..errors import BantamweightError
 from ..nn import fold
 from ..nn.embedding import SimulatedEmbedding
+from ..nn.fast_paths import leave_fast_paths
+from ..nn.layer import QuantizedLayer
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
+from ..nn.surgery import become
 from ..weights import QuantizedWeight
-from .calibrate import Batch, Streams, TargetLayer, build_problem, call_tensors, collect_batches
+from .calibrate import Streams, TargetLayer, build_problem
 from .embedding_table import quantize_embedding
 from .gpfq import GPFQ
 from .method import LayerResult, LayerwiseMethod
+from .model_copy import working_copy
+from .passes import gates, replica, watched
 from .report import LayerReport, QuantizationReport, SkippedLayer
 from .resume import ResumeFolder, fingerprint
-from .select import Selection, select_layers
-from .streams import TooMuchMemoryError, replay, trace, walk_graph
+from .select import Selection, is_target, select_layers
+from .streams import counterparts, survey, walk
 
-Calibration = Iterable[Any] | Tensor | Callable[[nn.Module], Any]
+# An output that differs by more than this many times the worst layer's own error is worth a warning.
+_EXPLAINED = 10.0
 
 
 def quantize(
@@ -46,8 +55,11 @@ def quantize(
     """A copy of the model with quantized (simulated) linear and 2d convolution layers.
 
     Layers are taken in forward order; each sees its inputs in the analog network and in the network quantized so far.
-    Where the model can be traced by torch.fx, both are kept at layer boundaries and every layer runs once. Else, or
-    where that would take more than `max_memory`, both networks are run up to each layer anew.
+    Both run once, the model's own code, all batches side by side, and stop at each layer until it is quantized. Where
+    that would take more than `max_memory`, or more than 128 batches came, both are run up to each layer anew.
+
+    At the end the whole network runs beside the float one: ``quantization.output_error`` says how far apart they are,
+    and a layer that the quantized network does not call where the float one does is an error.
 
     Memory: the model three times, the widest cut through its activations over all calibration samples twice (at most
     `max_memory`), and for one layer of d inputs two d x d float32 matrices, its held-out rows (`config.held_out` of
@@ -67,7 +79,8 @@ def quantize(
         fold_batchnorm: fold each batch normalization into the layer before it first.
         resume: a folder to keep finished layers in; the same call goes on where an earlier one was stopped and gives
             the same result.
-        strict: refuse a model with layers of other kinds instead of leaving them in float.
+        strict: refuse a model with weights (parameters of two dimensions or more) that cannot be quantized, instead of
+            leaving them in float.
         progress: a progress bar, if standard error is a terminal.
         max_memory: bytes of activations to keep at most.
 
@@ -75,8 +88,9 @@ def quantize(
         The quantized copy; its attribute `quantization` is a QuantizationReport.
 
     Raises:
-        BantamweightError: a pattern that fits no layer, NaN or infinity in weights, a resume folder of another run.
-        CalibrationError: calibration data that is empty, not finite, or no input of the model.
+        BantamweightError: a model that cannot be copied or is quantized already, a pattern that fits no layer, NaN or
+            infinity in weights, a resume folder of another run, or a network that would not run on its quantized layers.
+        CalibrationError: calibration data that is empty, not finite, or that the model does not run on.
         UnsupportedLayerError: with `strict`, a layer that cannot be quantized.
 
     Example:
@@ -95,15 +109,15 @@ def quantize(
             f"config is a {type(config).__name__}, but must be GPFQ(...), RoundToNearest(...) or a preset's name"
         )
     overrides = dict(overrides or {})
-    analog = copy.deepcopy(model).eval()
-    folded: Sequence[str] = ()
-    if fold_batchnorm:
-        analog, folded = fold.fold_batchnorm(analog)
-    selection = select_layers(
-        analog, config, ignore=ignore, overrides=overrides, layers=layers, embeddings=embeddings, strict=strict
-    )
+    analog = working_copy(model)
+    leave_fast_paths(analog)
     with torch.no_grad():
         batches = collect_batches(analog, calibration, held_out=config.held_out, seed=config.seed)
+        if fold_batchnorm:
+            analog, _ = fold.fold_batchnorm(analog, batches[0].run)
+        selection = select_layers(
+            analog, config, ignore=ignore, overrides=overrides, layers=layers, embeddings=embeddings, strict=strict
+        )
         run = _Run(analog, selection, batches, _resume_folder(resume, analog, selection, batches))
         with tqdm(
             total=len(selection.layers) + len(selection.tables),
@@ -111,9 +125,15 @@ def quantize(
             unit="layer",
             disable=None if progress else True,
         ) as bar:
-            mode = run.go(bar, max_memory)
+            mode = run.go(bar, max_memory, _layers_of(model))
+        error, notes = run.compare()
     never = [
-        SkippedLayer(name=name, kind=type(layer).__name__, reason="the calibration data never reaches it")
+        SkippedLayer(
+            name=name,
+            kind=type(layer).__name__,
+            reason="the calibration data never reaches it",
+            weights=selection.counts[name],
+        )
         for name, layer in selection.layers.items()
         if name not in run.reports
     ]
@@ -121,28 +141,53 @@ def quantize(
         config=config.to_json(),
         layers=tuple(run.reports.values()),
         skipped=(*selection.skipped, *never),
-        folded=tuple(folded),
+        folded=tuple(getattr(analog, "folded_batchnorms", ())),
+        kept_batchnorms=dict(getattr(analog, "kept_batchnorms", {})),
         mode=mode,
         samples=sum(len(batch.held_out) for batch in batches),
         seconds=time.perf_counter() - started,
+        weights=sum(selection.counts.values()),
+        weights_quantized=sum(selection.counts[name] for name in run.reports),
+        output_error=error,
+        notes=notes,
     )
     return run.quantized
 
 
 def quantize_(model: nn.Module, config: LayerwiseMethod | str, **options: Any) -> nn.Module:
-    """`quantize` in place: the children of `model` become the quantized ones. Options and errors as there.
+    """`quantize` in place: the layers of `model` become the quantized ones. Options and errors as there.
+
+    Whoever holds one of its layers (an alias, a list, a variable) holds the quantized one afterwards.
 
     Returns:
         The model itself, in evaluation mode. It is unchanged if an error is raised.
     """
-    if isinstance(model, nn.Linear | nn.Conv2d):
-        raise BantamweightError("quantize_ cannot change a bare layer in place; use quantize, which gives the new one")
     quantized = quantize(model, config, **options)
-    for name, child in quantized.named_children():
-        setattr(model, name, child)
-    model.quantization = quantized.quantization
-    model.folded_batchnorms = getattr(quantized, "folded_batchnorms", {})  # type: ignore[assignment]  # for save
+    _take_over(model, quantized)
+    for name in ("quantization", "folded_batchnorms", "kept_batchnorms"):
+        if name in vars(quantized):
+            setattr(model, name, vars(quantized)[name])
     return model.eval()
+
+
+def _take_over(model: nn.Module, quantized: nn.Module) -> None:
+    """Every module of `model` that is another one in `quantized` becomes that one."""
+    if type(model) is not type(quantized) or _differ(model, quantized):
+        become(model, quantized)
+        return
+    for name, child in model._modules.items():
+        other = quantized._modules.get(name)
+        if child is not None and other is not None and child is not other:
+            _take_over(child, other)
+
+
+def _differ(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules of one class have other tensors of their own: a layer that a BatchNorm was folded into."""
+    first, second = ({**m._parameters, **m._buffers} for m in (a, b))
+    if first.keys() != second.keys() or isinstance(a, QuantizedLayer):
+        return True
+    pairs = [(first[key], second[key]) for key in first]
+    return any((x is None) != (y is None) or (x is not None and not torch.equal(x, y)) for x, y in pairs)
 
 
 def preset(name: str) -> GPFQ:
@@ -176,6 +221,10 @@ def _resume_folder(
     return ResumeFolder(folder, fingerprint(settings, [*state.values(), *call_tensors(batches)]))
 
 
+def _layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_target(module)}
+
+
 class _Run:
     """The state of one run: both networks, and the reports of the layers that are done."""
 
@@ -189,36 +238,70 @@ class _Run:
         self.resume = resume
         self.reports: dict[str, LayerReport] = {}
 
-    def go(self, bar: tqdm, max_memory: int) -> str:
+    def go(self, bar: tqdm, max_memory: int, originals: Mapping[str, nn.Module]) -> str:
         """Visits every layer that the data reaches; returns how."""
         self.bar = bar
         for name, table in self.selection.tables.items():
             self.round_table(name, table)
         layers = self.selection.layers
-        # A bare layer has no graph around it.
-        graph = None if "" in layers else trace(self.analog, layers.values(), self.batches[0])
-        if graph is not None:
-            # Tracing may have put constants on the network.
-            tables = {name: self.quantized.get_submodule(name) for name in self.selection.tables}
-            self.quantized = copy.deepcopy(self.analog)
-            for name, table in tables.items():
-                self._put(name, table)
-            try:
-                walk_graph(
-                    graph,
-                    self.analog,
-                    self.quantized,
-                    self.batches,
-                    layers,
-                    self.visit,
-                    max_memory,
-                    changed=set(tables),
-                )
-                return "graph"
-            except TooMuchMemoryError:
-                layers = {name: layer for name, layer in layers.items() if name not in self.reports}
-        replay(self.analog, self.quantized, self.batches, layers, self.visit)
-        return "replay" if graph is None else "graph, then replay"
+        with gates({f"original {name}": layer for name, layer in originals.items()}), gates(layers):
+            self.seen = survey(self.analog, layers, self.batches)
+            self._check_reached()
+            with gates(counterparts(self.quantized, layers)):
+                return walk(self.analog, self.quantized, layers, self.batches, self.seen, self.visit, max_memory)
+
+    def _check_reached(self) -> None:
+        if self.seen.order or not self.selection.layers:
+            return
+        raise BantamweightError(
+            f"the calibration data reaches none of the {len(self.selection.layers)} layers "
+            f"({', '.join(list(self.selection.layers)[:4])}, ...): the model computes without calling them; quantize the "
+            "module whose forward calls its layers"
+        )
+
+    def compare(self) -> tuple[float | None, tuple[str, ...]]:
+        """How far the quantized network's outputs are from the float one's on the first batch, and what to know of it.
+
+        Raises:
+            BantamweightError: the quantized network does not call a layer that the float one calls.
+        """
+        layers = self.selection.layers
+        expected, calls = self._run_first(self.analog, layers)
+        if not self._same_again(expected, layers):
+            return None, ("the network draws at random, so that its outputs were not compared",)
+        try:
+            output, calls_now = self._run_first(self.quantized, counterparts(self.quantized, layers))
+        except Exception as error:
+            raise BantamweightError(
+                f"the quantized network does not run where the float one does ({type(error).__name__}: {error}); its code "
+                "asks something of a layer that the quantized one has not: add that layer to ignore"
+            ) from error
+        if lost := [name for name in self.reports if calls[name] and not calls_now[name]]:
+            raise BantamweightError(
+                f"layer '{lost[0]}' was quantized, but the quantized network does not call it where the float one calls it "
+                f"{calls[lost[0]]} times; something else than the module tree holds it: add it to ignore"
+            )
+        error = fold.output_error(expected, output)
+        if error == float("inf"):
+            return None, ("the outputs of the float and of the quantized network have other shapes",)
+        worst = max((report.error for report in self.reports.values()), default=0.0)
+        if error > _EXPLAINED * worst + 1e-3:
+            note = (
+                f"the outputs differ by {error:.1%} on the first calibration batch, while the largest error of a layer is "
+                f"{worst:.1%}: the network magnifies errors, or runs on other layers than those quantized"
+            )
+            warnings.warn(note, stacklevel=4)
+            return error, (note,)
+        return error, ()
+
+    def _same_again(self, expected: Any, layers: Mapping[str, nn.Module]) -> bool:
+        return fold.same_outputs(expected, self._run_first(self.analog, layers)[0], 1e-3)
+
+    def _run_first(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[Any, Counter[str]]:
+        calls: Counter[str] = Counter()
+        with gates(layers):
+            output = watched(replica(model, layers.values()), self.batches[0], lambda name, _: calls.update([name]))
+        return output, calls
 
     def visit(self, name: str, streams: Iterable[Streams], rows: int, calls: int) -> None:
         """Quantizes a layer, or reads it back, and puts it in place."""
@@ -233,7 +316,7 @@ class _Run:
             if self.resume is not None:
                 self.resume.store(name, result)
         self._replace(name, layer, result, config)
-        notes = (*result.notes, f"called {calls} times, calibrated on the first") if calls > 1 else result.notes
+        notes = (*result.notes, f"calibrated on all of its {calls} calls a pass") if calls > 1 else result.notes
         seconds = 0.0 if restored else time.perf_counter() - started
         self._report(name, layer, result.weight, result.error, notes, seconds)
         self.bar.update()
@@ -244,7 +327,7 @@ class _Run:
         self.bar.set_postfix_str(name)
         weight, error = quantize_embedding(table, self.selection.configs[name])
         simulated = SimulatedEmbedding.from_float(table, weight)
-        self._put(name, simulated.to(device=table.weight.device, dtype=table.weight.dtype).eval())
+        self._put(name, table, simulated)
         self._report(name, table, weight, error, (), time.perf_counter() - started)
         self.bar.update()
 
@@ -265,22 +348,14 @@ class _Run:
         )
 
     def _replace(self, name: str, layer: TargetLayer, result: LayerResult, config: LayerwiseMethod) -> None:
-        device, dtype = layer.weight.device, layer.weight.dtype
-        bias = None if result.bias is None else result.bias.to(dtype)
+        bias = None if result.bias is None else result.bias.to(layer.weight.dtype)
         kind = SimulatedLinear if isinstance(layer, nn.Linear) else SimulatedConv2d
         simulated = kind.from_float(layer, result.weight, bias, activation_bits=config.activation_bits)  # type: ignore[arg-type]
-        self._put(name, simulated.to(device=device, dtype=dtype).eval())
+        self._put(name, layer, simulated)
 
-    def _put(self, name: str, simulated: nn.Module) -> None:
-        # A module that is used under several names is replaced under all of them.
-        original = self.quantized.get_submodule(name) if name else self.quantized
-        modules = list(self.quantized.named_modules(remove_duplicate=False))
-        for alias in [alias for alias, module in modules if module is original]:
-            if alias == "":
-                self.quantized = simulated
-                continue
-            parent, _, child = alias.rpartition(".")
-            setattr(self.quantized.get_submodule(parent), child, simulated)
+    def _put(self, name: str, layer: nn.Module, simulated: nn.Module) -> None:
+        weight: Any = layer.weight
+        become(self.quantized.get_submodule(name), simulated.to(device=weight.device, dtype=weight.dtype).eval())
 
 
 def _bias_of(layer: TargetLayer) -> Tensor | None:

@@ -1,236 +1,219 @@
-"""Two ways to give every layer its inputs in the analog and in the quantized network, in forward order.
+"""Every layer's inputs in the analog and in the quantized network, in forward order.
 
-`walk_graph` interprets the traced network node by node over all calibration batches and keeps the values of both
-networks alive until their last use: each layer is run once, O(L) for L layers. `replay` needs no trace: for each
-layer it runs both networks from the start up to that layer, O(L^2), and keeps one batch alive at a time.
+All batches pass through both networks side by side and stop at each layer until it is quantized: each network runs
+once, O(L) for L layers. A layer that a pass calls several times (a recurrent cell, a shared block) is calibrated on all
+of its calls, for which both networks run up to the last of them first. Where the activations of all batches together
+would take too much memory, the networks run up to each layer anew, O(L^2), one batch alive at a time.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from ..errors import CalibrationError
-from .calibrate import Batch, Streams, TargetLayer, input_rows, tensors_in
+from ..data import Batch, tensors_in
+from ..errors import BantamweightError, CalibrationError
+from .calibrate import Streams, TargetLayer, input_rows
+from .passes import AbandonedError, Pass, replica, watched
 
-# Called for a layer with its name, its inputs (at its first call in a pass), how many rows they hold, and how often a
-# pass calls it; puts the quantized layer in place.
+# Called for a layer with its name, its inputs, how many rows they hold, and how often a pass calls it; the layer is
+# quantized when it returns.
 Visit = Callable[[str, Iterable[Streams], int, int], None]
 
-
-class TooMuchMemoryError(Exception):
-    """The values alive in `walk_graph` are more than it may keep."""
+_MOST_PASSES = 256  # threads that wait at a time: two for every batch
 
 
-class _Tracer(fx.Tracer):
-    """Traces into every module that holds a target layer."""
+@dataclass(kw_only=True)
+class Survey:
+    """What one pass of every batch through the analog network showed.
 
-    def __init__(self, targets: frozenset[nn.Module]) -> None:
-        super().__init__()
-        self.targets = targets
+    Attributes:
+        order: the layers in the order in which they are first called.
+        calls: of every batch, how often it calls each layer.
+        rows: rows (samples, tokens, patches) that each layer sees in all batches and calls.
+        live_bytes: of the activations of all batches that are alive at a layer, at most.
+    """
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self.targets:
-            return True
-        holds_target = any(part in self.targets for part in m.modules())
-        return super().is_leaf_module(m, module_qualified_name) and not holds_target
+    order: list[str] = field(default_factory=list)
+    calls: list[Counter[str]] = field(default_factory=list)
+    rows: Counter[str] = field(default_factory=Counter)
+    live_bytes: int = 0
 
-
-def trace(model: nn.Module, targets: Iterable[nn.Module], batch: Batch) -> fx.Graph | None:
-    """The graph of the model, or None if it cannot be traced or its graph does not compute what the model does."""
-    try:
-        graph = _Tracer(frozenset(targets)).trace(model)
-        values = _bind(graph, batch)
-        interpreter = fx.Interpreter(model, graph=graph)
-        traced = interpreter.run(*values.values())
-        pairs = zip(tensors_in(traced), tensors_in(batch.run(model)), strict=True)
-        same = all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs)
-    except CalibrationError:
-        raise
-    except Exception:  # tracing runs the user's code on proxies, which may fail in any way
-        return None
-    return graph if same else None
+    def most_calls(self, name: str) -> int:
+        return max(calls[name] for calls in self.calls)
 
 
-def walk_graph(
-    graph: fx.Graph,
-    analog: nn.Module,
-    quantized: nn.Module,
-    batches: Sequence[Batch],
-    layers: dict[str, TargetLayer],
-    visit: Visit,
-    max_memory: int,
-    changed: Iterable[str] = (),
-) -> None:
-    """Visits the layers in the order of the graph; `visit` changes `quantized` as it goes.
-
-    Args:
-        changed: modules in which the networks differ already.
+def survey(model: nn.Module, layers: Mapping[str, TargetLayer], batches: Sequence[Batch]) -> Survey:
+    """Runs every batch through the network once.
 
     Raises:
-        TooMuchMemoryError: the live values outgrew `max_memory` bytes; the layers visited so far stay quantized.
+        CalibrationError: the model refuses a batch.
+        BantamweightError: the network calls layers that are not its own.
     """
-    order = list(graph.nodes)
-    left = {str(node.target) for node in order if node.op == "call_module"} & set(layers)
-    calls = Counter(str(node.target) for node in order if node.op == "call_module")
-    last_use = {used: node for node in order for used in node.all_input_nodes}
-    # Per node and stream the values of all batches; one list serves both streams where they do not differ.
-    alive: dict[fx.Node, tuple[list[Any], list[Any]]] = {}
-    inputs = [_bind(graph, batch) for batch in batches]
-    differing = set(changed)
-    for node in order:
-        if node.op == "output" or not left:
-            return
-        if node.op == "placeholder":
-            values = [bound[node] for bound in inputs]
-            alive[node] = (values, values)
-        else:
-            name = str(node.target)
-            if node.op == "call_module" and name in left:
-                streams = _streams_at(node, alive, batches)
-                rows = sum(input_rows(layers[name], x.shape) for x, _, _ in streams)
-                visit(name, streams, rows, calls[name])
-                left.discard(name)
-                differing.add(name)
-                if not left:
-                    return
-            split = node.op == "call_module" and name in differing
-            split = split or any(alive[used][0] is not alive[used][1] for used in node.all_input_nodes)
-            first = [_execute(node, analog, alive, 0, index) for index in range(len(batches))]
-            second = [_execute(node, quantized, alive, 1, index) for index in range(len(batches))] if split else first
-            alive[node] = (first, second)
-        for used in [node, *node.all_input_nodes]:
-            if last_use.get(used, node) is node:
-                alive.pop(used, None)
-        if _bytes_of(alive) > max_memory:
-            raise TooMuchMemoryError
+    found = Survey()
+    for number, batch in enumerate(batches):
+        calls: Counter[str] = Counter()
+        alive = _Alive()
+
+        def reached(name: str, x: Tensor, calls: Counter[str] = calls, alive: _Alive = alive) -> None:
+            if name not in layers:
+                raise BantamweightError(
+                    f"a copy of the model calls layer '{name.removeprefix('original ')}' of the model itself, through a "
+                    "closure or a forward that was set on the instance; make it a method of the class, or quantize the "
+                    "module inside"
+                )
+            calls[name] += 1
+            found.rows[name] += input_rows(layers[name], x.shape)
+            alive.add(x)
+            alive.measure()
+
+        try:
+            with alive.watching():
+                watched(replica(model, layers.values()), batch, reached)
+        except BantamweightError:
+            raise
+        except Exception as error:  # whatever the user's own code raises on data that it was not made for
+            said = " ".join(str(error).split())[:300]
+            raise CalibrationError(
+                f"the model does not run on calibration batch {number} ({type(error).__name__}: {said}); pass what the "
+                "model itself takes, in its dtype and shape: tensors, tuples of its arguments, or dicts of keywords"
+            ) from error
+        _merge(found.order, list(calls))
+        found.calls.append(calls)
+        found.live_bytes += alive.most
+    return found
 
 
-def replay(
+def walk(
     analog: nn.Module,
     quantized: nn.Module,
+    layers: Mapping[str, TargetLayer],
     batches: Sequence[Batch],
-    layers: dict[str, TargetLayer],
+    seen: Survey,
     visit: Visit,
-) -> None:
-    """Visits the layers in the order in which the analog network first calls them."""
-    rows: dict[str, int] = {}
-    calls: Counter[str] = Counter()
+    max_memory: int,
+) -> str:
+    """Visits the layers in the order of the survey; `visit` makes each a quantized one in `quantized`.
 
-    def count(name: str, layer: TargetLayer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] += 1
-            if name not in seen:
-                seen.add(name)
-                rows[name] = rows.get(name, 0) + input_rows(layer, _first_input(args, kwargs).shape)
+    Args:
+        layers: of `analog`; gates stand before them and before their counterparts in `quantized`.
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(count(name, layer), with_kwargs=True) for name, layer in layers.items()]
+    Returns:
+        "one pass", or "replay" where the activations of all batches outgrow `max_memory` bytes.
+    """
+    networks = (_Network(analog, layers), _Network(quantized, counterparts(quantized, layers)))
+    state = sum(buffer.nbytes for buffer in analog.buffers())
+    one_pass = 2 * len(batches) <= _MOST_PASSES and 2 * (seen.live_bytes + len(batches) * state) <= max_memory
+    waiting = {name for name in seen.order if one_pass and seen.most_calls(name) == 1}
+    passes = [tuple(network.start(batch, waiting.__contains__) for network in networks) for batch in batches]
     try:
-        for batch in batches:
-            seen: set[str] = set()
-            batch.run(analog)
+        for name in seen.order:
+            step = _stopped(name, passes) if name in waiting else _replayed(name)
+            streams = _streams(networks, name, batches, seen, step)
+            visit(name, streams, seen.rows[name], seen.most_calls(name))
+            waiting.discard(name)
     finally:
-        for handle in handles:
-            handle.remove()
+        for pair in passes:
+            for each in pair:
+                each.close()
+    return "one pass" if one_pass else "replay"
 
-    for name, total in rows.items():
-        visit(name, _replayed(name, analog, quantized, batches), total, -(-calls[name] // len(batches)))
+
+def counterparts(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules of the same names in another network."""
+    return {name: model.get_submodule(name) for name in layers}
 
 
-def _replayed(name: str, analog: nn.Module, quantized: nn.Module, batches: Sequence[Batch]) -> Iterator[Streams]:
-    for batch in batches:
-        x = _input_of(analog.get_submodule(name), analog, batch)
-        x_tilde = _input_of(quantized.get_submodule(name), quantized, batch)
-        if x is not None and x_tilde is not None:
+@dataclass(frozen=True)
+class _Network:
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+
+    def start(self, batch: Batch, stops: Callable[[str], bool]) -> Pass:
+        return Pass(replica(self.model, self.layers.values()), batch, stops)
+
+    def inputs_of(self, name: str, batch: Batch, calls: int) -> list[Tensor]:
+        """The layer's inputs at its first `calls` calls."""
+        caught: list[Tensor] = []
+
+        def reached(other: str, x: Tensor) -> None:
+            if other == name:
+                caught.append(x.clone() if calls > 1 else x)  # later steps may change it in place
+                if len(caught) == calls:
+                    raise AbandonedError
+
+        try:
+            watched(replica(self.model, self.layers.values()), batch, reached)
+        except AbandonedError:
+            pass
+        return caught
+
+
+# The layer's inputs in one network and batch, given how often the survey saw it called.
+_Step = Callable[[int, int, _Network, Batch, int], list[Tensor]]
+
+
+def _stopped(name: str, passes: Sequence[tuple[Pass, ...]]) -> _Step:
+    def step(index: int, stream: int, network: _Network, batch: Batch, calls: int) -> list[Tensor]:
+        x = passes[index][stream].input_at(name)
+        # A batch that calls layers in another order than the first has gone past this one.
+        return network.inputs_of(name, batch, calls) if x is None else [x]
+
+    return step
+
+
+def _replayed(name: str) -> _Step:
+    return lambda index, stream, network, batch, calls: network.inputs_of(name, batch, calls)
+
+
+def _streams(
+    networks: tuple[_Network, _Network], name: str, batches: Sequence[Batch], seen: Survey, step: _Step
+) -> Iterator[Streams]:
+    for index, batch in enumerate(batches):
+        calls = seen.calls[index][name]
+        if not calls:
+            continue
+        analog, quantized = (step(index, stream, network, batch, calls) for stream, network in enumerate(networks))
+        for x, x_tilde in zip(analog, quantized, strict=False):  # control flow on values may end one earlier
             yield x, x if torch.equal(x, x_tilde) else x_tilde, batch.held_out
 
 
-class _ReachedError(Exception):
-    """Ends a forward pass at the layer it was run for."""
-
-
-def _input_of(layer: nn.Module, model: nn.Module, batch: Batch) -> Tensor | None:
-    """The layer's first input in this batch; None if the batch does not reach it."""
-    caught: list[Tensor] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(_first_input(args, kwargs))
-        raise _ReachedError
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        batch.run(model)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return caught[0] if caught else None
-
-
-def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What linear and convolution layers call `input`, however it was passed."""
-    return args[0] if args else kwargs["input"]
-
-
-def _bind(graph: fx.Graph, batch: Batch) -> dict[fx.Node, Any]:
-    """The arguments of a batch by placeholder."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    args, left = batch.fresh()
-    bound: dict[fx.Node, Any] = dict(zip(placeholders, args, strict=False))
-    for node in placeholders[len(args) :]:
-        if str(node.target) in left:
-            bound[node] = left.pop(str(node.target))
-        elif node.args:
-            bound[node] = node.args[0]  # the parameter's default
+def _merge(order: list[str], calls: list[str]) -> None:
+    """Puts names that are new into the order, each behind the one that this batch calls before it."""
+    at = 0
+    for name in calls:
+        if name in order:
+            at = order.index(name) + 1
         else:
-            raise CalibrationError(f"a calibration batch has no '{node.target}', which the model's forward requires")
-    if left or len(args) > len(placeholders):
-        extra = ", ".join(left) or f"{len(args)} tensors"
-        raise CalibrationError(f"a calibration batch has {extra}, which the model's forward does not take")
-    return bound
+            order.insert(at, name)
+            at += 1
 
 
-def _streams_at(
-    node: fx.Node, alive: dict[fx.Node, tuple[list[Any], list[Any]]], batches: Sequence[Batch]
-) -> list[Streams]:
-    source = _first_input(node.args, node.kwargs)
-    assert isinstance(source, fx.Node)
-    analog, quantized = alive[source]
-    return [(x, y, batch.held_out) for x, y, batch in zip(analog, quantized, batches, strict=True)]
+class _Alive:
+    """The bytes of modules' outputs that are alive at a time."""
 
+    def __init__(self) -> None:
+        self.tensors: dict[int, tuple[ref[Tensor], int]] = {}
+        self.most = 0
 
-def _execute(
-    node: fx.Node,
-    model: nn.Module,
-    alive: dict[fx.Node, tuple[list[Any], list[Any]]],
-    stream: int,
-    index: int,
-) -> Any:
-    args = map_arg(node.args, lambda used: alive[used][stream][index])
-    kwargs = map_arg(node.kwargs, lambda used: alive[used][stream][index])
-    if node.op == "call_module":
-        return model.get_submodule(str(node.target))(*args, **kwargs)
-    if node.op == "call_function":
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert node.op == "get_attr"
-    value: Any = model
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        handle = register_module_forward_hook(lambda _, args, output: self.add(output))
+        try:
+            yield
+        finally:
+            handle.remove()
 
+    def add(self, value: Any) -> None:
+        for tensor in tensors_in(value):
+            self.tensors[id(tensor)] = ref(tensor), tensor.nbytes
 
-def _bytes_of(alive: dict[fx.Node, tuple[list[Any], list[Any]]]) -> int:
-    sizes = {}
-    for streams in alive.values():
-        for tensor in tensors_in(streams):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+    def measure(self) -> None:
+        self.tensors = {key: entry for key, entry in self.tensors.items() if entry[0]() is not None}
+        self.most = max(self.most, sum(size for _, size in self.tensors.values()))
