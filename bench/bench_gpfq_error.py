@@ -61,7 +61,7 @@ def layer(d: int, neurons: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fresh_error(method: LayerwiseMethod, x: Tensor, x_tilde: Tensor, weight: Tensor, rows: int) -> float:
-    builder = ProblemBuilder("layer", weight[None], keep_rows=False)
+    builder = ProblemBuilder("layer", weight[None])
     chosen = rows + rows // 4
     builder.add(x[None, :rows], x_tilde[None, :rows], held_out=False)
     builder.add(x[None, rows:chosen], x_tilde[None, rows:chosen], held_out=True)

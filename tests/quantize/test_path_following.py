@@ -7,9 +7,11 @@ from bantamweight.quantize.grid import Grid
 from bantamweight.quantize.path_following import (
     Rounding,
     coordinate_descent,
+    coordinate_descent_on_samples,
     follow_aligned,
     follow_gram,
     follow_samples,
+    in_order,
     gram_is_cheaper,
 )
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def test_float64_codes_equal_the_recursion(levels: int, d: int, neurons: int, gr
     order = torch.argsort(x_tilde.square().sum(0), descending=True, stable=True) if ordered else None
     expected, _ = paper_recursion(weight[0], x, x_tilde, grid, order)
     gram_codes = follow_gram(weight, *grams(x, x_tilde), grid, order=order)
-    sample_codes = follow_samples(weight, x[None], x_tilde[None], grid, order=order)
+    sample_codes = follow_samples(weight, *in_order(x[None], x_tilde[None], order), grid, order=order)
     assert torch.equal(gram_codes[0], expected)
     assert torch.equal(sample_codes[0], expected)
 
@@ -151,6 +153,19 @@ def test_coordinate_descent_never_makes_a_neuron_worse():
         assert bool((error <= previous * (1 + 1e-9)).all())
         previous = error
     assert float(previous.sum()) < 0.95 * float(squared_error(weight, x, x_tilde, grid, plain).sum())
+
+
+@pytest.mark.parametrize("d", [40, 300])
+def test_coordinate_descent_on_samples_is_that_of_the_gram_matrices(d: int):
+    x, x_tilde = streams(200, d, dtype=torch.float64)
+    weight = weights(d, 9, dtype=torch.float64)
+    grid, ridge = grid_for(weight, 7, group_size=16), torch.tensor([3.0], dtype=torch.float64)
+    cross, gram = grams(x, x_tilde)
+    eye = ridge * torch.eye(d, dtype=torch.float64)
+    plain = grid.nearest(weight)
+    expected = coordinate_descent(weight, cross + eye, gram + eye, grid, plain, sweeps=2)
+    codes = coordinate_descent_on_samples(weight, x[None], x_tilde[None], grid, plain, sweeps=2, ridge=ridge)
+    assert torch.equal(codes, expected) and not torch.equal(codes, plain)
 
 
 def test_coordinate_descent_ends_where_no_single_code_helps():

@@ -18,6 +18,7 @@ TargetLayer = nn.Linear | nn.Conv2d
 Streams = tuple[Tensor, Tensor, Tensor]
 
 _CHUNK_FLOATS = 1 << 24  # floats of the rows that are gathered at a time
+_MOST_KEPT_FLOATS = 1 << 26  # of all rows of a layer that are kept, in each of the two networks
 
 
 def layer_weight(layer: TargetLayer) -> Tensor:
@@ -54,8 +55,10 @@ def build_problem(
     enough = max(4096, 500 * weight.shape[1])
     share = min(1.0, min(config.patches_per_layer, enough) / max(total_rows, 1))
     rows_to_solve_on = round(total_rows * share * (1 - config.held_out))
-    keep = config.wants_rows(inputs=weight.shape[1], neurons=weight.shape[2], rows=rows_to_solve_on)
-    builder = ProblemBuilder(name, weight, keep_rows=keep)
+    collect = config.statistics(inputs=weight.shape[1], neurons=weight.shape[2], rows=rows_to_solve_on)
+    if collect == "rows":
+        share = min(share, _MOST_KEPT_FLOATS / max(1, total_rows * weight.shape[0] * weight.shape[1]))
+    builder = ProblemBuilder(name, weight, collect=collect)
     generator = torch.Generator().manual_seed(layer_seed(config.seed, name))
     for analog, quantized, held_out in streams:
         if analog.ndim == (3 if isinstance(layer, nn.Conv2d) else 1):

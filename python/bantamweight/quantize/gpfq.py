@@ -22,14 +22,17 @@ from .grid import Grid
 from .layer_problem import LayerProblem
 from .method import LayerResult, LayerwiseMethod, layer_result, layer_seed
 from .path_following import (
+    GramPath,
     Rounding,
     coordinate_descent,
+    coordinate_descent_on_samples,
     follow_aligned,
-    follow_gram,
     follow_samples,
     gram_is_cheaper,
+    in_order,
 )
-from .step_search import Solution, Solve, search_step
+from .round_to_nearest import nearest
+from .step_search import Solution, Solve, better, choose_columns, search_step
 
 ORDERS = ("norm", "natural")
 VARIANTS = ("stochastic", "l1", "l0")
@@ -38,11 +41,16 @@ REFINEMENTS = ("coordinate_descent", "aligned", "auto")
 _TERNARY_STEPS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.8, 1.0)
 _STEPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _PENALTIES = {"l1": 0.25, "l0": 0.75}
+_FEWEST_ROWS = 8  # below which what is followed is chance
+_GRAM_IS_WORTH = 4.0  # times the cost of the sample form, for the refinements that need it
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPFQ(LayerwiseMethod):
     """Greedy path-following quantization (Zhang, Zhou, Saab 2023, arXiv:2201.11113) and its variants.
+
+    No neuron's held-out error is larger than that of rounding to nearest (but for variants "l1" and "l0"): where
+    following the path does not pay, as where a layer's inputs were zero or its rows few, the nearest codes stand.
 
     Attributes:
         order: ``"norm"`` visits a layer's inputs by descending ||X~_t||, ``"natural"`` as they stand.
@@ -108,16 +116,28 @@ class GPFQ(LayerwiseMethod):
         """The values of C to try."""
         return self.steps or (_TERNARY_STEPS if self.grid_alphabet.levels <= 4 else _STEPS)
 
-    def wants_rows(self, *, inputs: int, neurons: int, rows: int) -> bool:
-        if self.refine is not None and rows >= 2 * inputs:
-            return False  # the refinements work on the Gram matrices
+    def statistics(self, *, inputs: int, neurons: int, rows: int) -> str:
         columns = neurons * len(self.candidates) * len(self.grid_alphabet.zeros)
-        return not gram_is_cheaper(inputs=inputs, columns=columns, samples=rows)
+        # The refinements but coordinate descent work on the Gram matrices.
+        favour = _GRAM_IS_WORTH if self.refine is not None and rows >= 2 * inputs else 1.0
+        cheaper = gram_is_cheaper(inputs=inputs, columns=columns, samples=rows, favour=favour)
+        return "gram" if cheaper else "rows"
 
     def quantize_layer(self, problem: LayerProblem, bias: Tensor | None) -> LayerResult:
         outputs = problem.held_out_outputs()
+        rounded = nearest(problem, self, outputs)
+        if problem.rows < _FEWEST_ROWS:
+            note = f"rounded to nearest: {problem.rows} rows of calibration data are too few to follow"
+            return layer_result(problem, rounded, outputs, bias, corrected=self.bias_correction, notes=(note,))
         plain = self._search(problem, outputs, self._plain_solver(problem))
         best, notes = self._refined(problem, outputs, plain)
+        if self.variant in _PENALTIES:  # sparser codes at the price of a larger error are what was asked for
+            return layer_result(problem, best, outputs, bias, corrected=self.bias_correction, notes=notes)
+        # On a tie, as for an input that is zero on all samples, the nearest code stands.
+        gains = better(rounded, best, self.step_granularity, self.rows_per_scale)
+        if kept := int((~gains).sum()):
+            notes = (*notes, f"{kept} of {gains.numel()} neurons rounded to nearest: no smaller held-out error")
+        best = choose_columns(rounded, best, gains)
         return layer_result(problem, best, outputs, bias, corrected=self.bias_correction, notes=notes)
 
     @property
@@ -167,9 +187,14 @@ class GPFQ(LayerwiseMethod):
         kept = problem.samples(self._is_centered)
         if kept is not None:
             ridge = self.damping * kept[1].square().sum(1).mean(1)
-            return lambda grid: follow_samples(problem.weight, *kept, grid, order=order, ridge=ridge, rounding=rounding)
-        matrices = self._damped(problem)
-        return lambda grid: follow_gram(problem.weight, *matrices, grid, order=order, rounding=rounding)
+            analog, quantized = in_order(*kept, order)
+
+            def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
+                weight = problem.weight if neurons is None else problem.weight[:, :, neurons]
+                return follow_samples(weight, analog, quantized, grid, order=order, ridge=ridge, rounding=rounding)
+
+            return solve
+        return GramPath(problem.weight, *self._damped(problem), order=order, rounding=rounding).follow
 
     def _refined(self, problem: LayerProblem, outputs: Tensor, plain: Solution) -> tuple[Solution, tuple[str, ...]]:
         """The refined solution if it is better on held-out data, and a note of which was kept."""
@@ -177,6 +202,8 @@ class GPFQ(LayerwiseMethod):
             return plain, ()
         if problem.rows < 2 * problem.inputs:
             return plain, (f"plain: {problem.rows} rows are fewer than twice the {problem.inputs} inputs",)
+        if problem.gram is None:
+            return self._descended_on_samples(problem, outputs, plain)
         matrices = self._damped(problem)
         rounding = self._rounding(problem)
         best, kept = plain, "plain"
@@ -187,13 +214,33 @@ class GPFQ(LayerwiseMethod):
         if self.refine in ("aligned", "auto"):
             order = self._order(problem)
 
-            def solve(grid: Grid) -> Tensor:
-                return follow_aligned(problem.weight, *matrices, grid, order=order, rounding=rounding)
+            def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
+                weight = problem.weight if neurons is None else problem.weight[:, :, neurons]
+                return follow_aligned(weight, *matrices, grid, order=order, rounding=rounding)
 
             aligned = self._search(problem, outputs, solve)
             if aligned.error < best.error:
                 best, kept = aligned, "aligned"
         return best, (f"{kept}: held-out error {(best.error / max(plain.error, 1e-300)) ** 0.5:.3f} of plain",)
+
+    def _descended_on_samples(
+        self, problem: LayerProblem, outputs: Tensor, plain: Solution
+    ) -> tuple[Solution, tuple[str, ...]]:
+        kept = problem.samples(self._is_centered)
+        assert kept is not None
+        codes = coordinate_descent_on_samples(
+            problem.weight,
+            *kept,
+            plain.grid,
+            plain.codes,
+            sweeps=self.sweeps,
+            ridge=self.damping * kept[1].square().sum(1).mean(1),
+            rounding=self._rounding(problem),
+        )
+        errors = problem.squared_errors(plain.grid, codes, outputs, corrected=self.bias_correction)
+        refined = Solution(grid=plain.grid, codes=codes, errors=errors)
+        best, name = (refined, "coordinate descent") if refined.error < plain.error else (plain, "plain")
+        return best, (f"{name}: held-out error {(best.error / max(plain.error, 1e-300)) ** 0.5:.3f} of plain",)
 
     def _descend(
         self,

@@ -16,8 +16,9 @@ from ..errors import BantamweightError
 GRANULARITIES = ("layer", "channel", "group")
 ALPHABETS = ("symmetric", "full")
 
-# A channel or group of zeros gets this step: its codes then stand for nothing but rounding errors of zero.
-_SMALLEST_STEP = 1e-12
+# A channel or group of zeros gets this step: its codes then stand for nothing but rounding errors of zero. Its inverse
+# is finite, and the weights of a layer are brought to ordinary size before they meet it.
+_SMALLEST_STEP = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
 """One layer to quantize: its weight, what its inputs were in both networks, and the errors of a proposal.
 
-Both streams of inputs come in chunks of rows (samples, tokens or image patches). Rows to solve on go into the Gram
-matrices (or are kept, where the sample-block form is the cheaper one); held-out rows are kept, to measure errors
-and choose settings on data the solver has not seen.
+Both streams of inputs come in chunks of rows (samples, tokens or image patches). Of rows to solve on, a method has the
+Gram matrices, the rows themselves, or no more than their means, whichever is the cheapest that it can work with;
+held-out rows are kept, to measure errors and choose settings on data the solver has not seen.
 """
 
-from dataclasses import dataclass
+import math
+
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,12 +26,13 @@ class LayerProblem:
     Attributes:
         name: of the layer, for messages and for the seed of its random draws.
         weight: float32 [problems, d, neurons].
-        gram: X~^T X~ [problems, d, d], over `rows` rows; None if the rows were kept.
-        cross: X~^T X [problems, d, d]; None if the rows were kept.
+        gram: X~^T X~ [problems, d, d], over `rows` rows; None if not collected.
+        cross: X~^T X [problems, d, d]; None if not collected.
         analog, quantized: the rows themselves [problems, rows, d]; None if not kept.
         mean, mean_quantized: the means of X and X~ [problems, d].
         held_out, held_out_quantized: [problems, held-out rows, d].
         rows: rows solved on.
+        weight_unit, input_unit: powers of two that weights and inputs were divided by to be of ordinary size.
     """
 
     name: str
@@ -43,6 +46,8 @@ class LayerProblem:
     held_out: Tensor
     held_out_quantized: Tensor
     rows: int
+    weight_unit: float = 1.0
+    input_unit: float = 1.0
 
     @property
     def inputs(self) -> int:
@@ -51,6 +56,10 @@ class LayerProblem:
     @property
     def neurons(self) -> int:
         return self.weight.shape[2]
+
+    def part(self, neurons: Tensor) -> "LayerProblem":
+        """The same of some of the neurons."""
+        return replace(self, weight=self.weight[:, :, neurons])
 
     def norms(self) -> Tensor:
         """||X~_t||^2 of every input, summed over the problems: [d]."""
@@ -64,7 +73,8 @@ class LayerProblem:
         if self.gram is not None and self.cross is not None:
             cross, gram = self.cross, self.gram
         else:
-            assert self.analog is not None and self.quantized is not None
+            if self.analog is None or self.quantized is None:
+                raise ValueError("neither Gram matrices nor rows were collected for this method")
             transposed = self.quantized.transpose(1, 2)
             gram = torch.bmm(transposed, self.quantized)
             cross = gram if self.analog is self.quantized else torch.bmm(transposed, self.analog)
@@ -83,7 +93,10 @@ class LayerProblem:
             return None
         if not centered:
             return self.analog, self.quantized
-        return self.analog - self.mean[:, None, :], self.quantized - self.mean_quantized[:, None, :]
+        analog = self.analog - self.mean[:, None, :]
+        if self.analog is self.quantized:
+            return analog, analog
+        return analog, self.quantized - self.mean_quantized[:, None, :]
 
     def shift(self, values: Tensor) -> Tensor:
         """What the bias must take up, the mean of X w - X~ q: [problems, neurons] for values [problems, d, neurons]."""
@@ -114,16 +127,34 @@ class LayerProblem:
         return torch.cat(errors, dim=1)
 
 
+# What is collected of the rows to solve on.
+STATISTICS = ("gram", "rows", "means")
+
+_ORDINARY = 20  # numbers up to 2^20, and whose largest is 2^-20 or more, have squares that float32 sums well
+
+
+def ordinary_unit(largest: float) -> float:
+    """1 for numbers of ordinary size, else the power of two that makes the largest of them about 1."""
+    if largest == 0 or not math.isfinite(largest) or 2.0**-_ORDINARY <= largest <= 2.0**_ORDINARY:
+        return 1.0
+    return 2.0 ** math.frexp(largest)[1]
+
+
 class ProblemBuilder:
     """Collects a layer's rows chunk by chunk.
 
-    Memory: two d x d matrices a problem, or, with `keep_rows`, the rows themselves; and the held-out rows.
+    Args:
+        weight: [problems, d, neurons].
+        collect: of the rows to solve on: ``"gram"`` two d x d matrices a problem, ``"rows"`` all of them, ``"means"``
+            their sums alone. Held-out rows are kept.
     """
 
-    def __init__(self, name: str, weight: Tensor, *, keep_rows: bool) -> None:
+    def __init__(self, name: str, weight: Tensor, *, collect: str = "gram") -> None:
         self.name = name
-        self.weight = weight
-        self.keep_rows = keep_rows
+        self.weight_unit = ordinary_unit(float(weight.abs().max()) if weight.numel() else 0.0)
+        self.weight = weight if self.weight_unit == 1.0 else weight / self.weight_unit
+        self.collect = collect
+        self.input_unit: float | None = None
         problems, d, _ = weight.shape
         self.rows = 0
         self.sum = weight.new_zeros(problems, d)
@@ -139,12 +170,18 @@ class ProblemBuilder:
         if analog.shape[1] == 0:
             return
         for stream, rows in (("the network", analog), ("the quantized network", quantized)):
-            # One pass: a sum is finite if and only if all is (up to overflow, which is no usable input either).
-            if not bool(torch.isfinite(rows.sum())):
+            # One pass where all is well: a sum is finite only if every number is.
+            if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
                 raise CalibrationError(
                     f"the inputs of layer '{self.name}' in {stream} hold NaN or infinity; check the calibration data "
                     "and the weights before this layer"
                 )
+        if self.input_unit is None:
+            self.input_unit = ordinary_unit(float(analog.abs().max()) if analog.numel() else 0.0)
+        if self.input_unit != 1.0:
+            same = quantized is analog
+            analog = analog / self.input_unit
+            quantized = analog if same else quantized / self.input_unit
         if held_out:
             self.held_out.append((analog, quantized))
             return
@@ -156,8 +193,9 @@ class ProblemBuilder:
         self.sum += analog.sum(1)
         if not self.same:
             self.sum_quantized += quantized.sum(1)
-        if self.keep_rows:
+        if self.collect == "rows":
             self.kept.append((analog, quantized))
+        if self.collect != "gram":
             return
         transposed = quantized.transpose(1, 2)
         self.gram = _accumulate(self.gram, transposed, quantized)
@@ -172,16 +210,18 @@ class ProblemBuilder:
         """
         if self.rows == 0:
             # A single sample cannot be split: it serves both ends.
+            unit, self.input_unit = self.input_unit, 1.0  # they are in units already
             for analog, quantized in list(self.held_out):
                 self.add(analog, quantized, held_out=False)
+            self.input_unit = unit
         if self.rows == 0:
             raise CalibrationError(
                 f"layer '{self.name}' saw no calibration data; pass calibration batches that are not empty and reach it"
             )
         if self.gram is not None and not bool(torch.isfinite(self.gram.sum())):
             raise CalibrationError(
-                f"the inputs of layer '{self.name}' are too large for float32 products; scale the calibration data, or "
-                "ignore the layer"
+                f"the inputs of layer '{self.name}' differ too much in size for float32 products; scale the calibration "
+                "data, or ignore the layer"
             )
         analog = quantized = None
         if self.kept:
@@ -190,7 +230,7 @@ class ProblemBuilder:
             raise CalibrationError(
                 f"layer '{self.name}' drew no held-out rows; pass more samples or raise patches_per_layer"
             )
-        held_out, held_out_quantized = self._stack(self.held_out)
+        held_out, held_out_quantized = self._few(*self._stack(self.held_out))
         return LayerProblem(
             name=self.name,
             weight=self.weight,
@@ -203,11 +243,26 @@ class ProblemBuilder:
             held_out=held_out,
             held_out_quantized=held_out_quantized,
             rows=self.rows,
+            weight_unit=self.weight_unit,
+            input_unit=self.input_unit or 1.0,
         )
+
+    def _few(self, analog: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
+        """Every so-many-th held-out row of a layer whose weights are so many that errors on all would cost most."""
+        most = max(_FEWEST_HELD_OUT, _MOST_PRODUCTS // max(1, self.weight.numel()))
+        if analog.shape[1] <= most:
+            return analog, quantized
+        step = -(-analog.shape[1] // most)
+        few = analog[:, ::step].contiguous()
+        return few, few if quantized is analog else quantized[:, ::step].contiguous()
 
     def _stack(self, chunks: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         analog = torch.cat([chunk for chunk, _ in chunks], dim=1)
         return analog, analog if self.same else torch.cat([chunk for _, chunk in chunks], dim=1)
+
+
+_FEWEST_HELD_OUT = 512  # rows, however large the layer is
+_MOST_PRODUCTS = 1 << 34  # of held-out rows and weights, for each candidate
 
 
 def _accumulate(total: Tensor | None, transposed: Tensor, rows: Tensor) -> Tensor:

@@ -119,9 +119,9 @@ class LayerwiseMethod:
         """Quantizes one layer; `bias` is the layer's own, float [out], or None."""
         raise NotImplementedError
 
-    def wants_rows(self, *, inputs: int, neurons: int, rows: int) -> bool:
-        """Whether the calibration should keep the rows instead of their Gram matrices."""
-        return False
+    def statistics(self, *, inputs: int, neurons: int, rows: int) -> str:
+        """What the calibration collects of the rows to solve on: one of `layer_problem.STATISTICS`, the cheapest."""
+        return "gram"
 
     @property
     def grid_alphabet(self) -> Alphabet:
@@ -193,13 +193,13 @@ def layer_result(
 
     weight = QuantizedWeight.from_codes(
         rows(solution.codes),
-        rows(grid.scale.float()),
+        rows(grid.scale.float()) * problem.weight_unit,
         rows(grid.zero.float()),
         group_size=grid.group_size,
         levels=grid.levels,
     )
     if corrected:
-        shift = problem.shift(grid.values(solution.codes)).flatten()
+        shift = problem.shift(grid.values(solution.codes)).flatten() * (problem.weight_unit * problem.input_unit)
         bias = shift if bias is None else bias.detach().to(shift.dtype) + shift
     reference = float(outputs.square().sum())
     error = (solution.error / reference) ** 0.5 if reference > 0 else float(solution.error > 0)

@@ -51,12 +51,15 @@ class Rounding:
 NEAREST = Rounding()
 
 
-def gram_is_cheaper(*, inputs: int, columns: int, samples: int) -> bool:
+def gram_is_cheaper(*, inputs: int, columns: int, samples: int, favour: float = 1.0) -> bool:
     """Whether the Gram form is the faster: 3 m d^2 + 2 d^2 N operations against m d (6 N + 4 B) slower ones.
 
     The sample form's products are B wide at most and pass over u twice a block; they run at about 4/5 of the speed.
+
+    Args:
+        favour: how many times as long as the sample form the Gram form may take.
     """
-    return 3 * inputs + 2 * inputs * columns / max(samples, 1) < 1.25 * (6 * columns + 4 * BLOCK)
+    return 3 * inputs + 2 * inputs * columns / max(samples, 1) < favour * 1.25 * (6 * columns + 4 * BLOCK)
 
 
 def follow_gram(
@@ -68,41 +71,74 @@ def follow_gram(
     order: Tensor | None = None,
     rounding: Rounding = NEAREST,
 ) -> Tensor:
-    """Path following in Gram form.
+    """Path following in Gram form: `GramPath` for one grid."""
+    return GramPath(weight, cross, gram, order=order, rounding=rounding).follow(grid)
+
+
+class GramPath:
+    """Path following in Gram form, for as many grids as are tried.
 
     Args:
         weight: [problems, d, neurons].
         cross, gram: G = X~^T X and H = X~^T X~, [problems, d, d], any common factor.
-        grid: of ``candidates * neurons`` columns; the candidates of a neuron share its products with G.
         order: int64 [d], the inputs in the order they are visited; None for 0 .. d-1.
         rounding: how arguments are rounded.
-
-    Returns:
-        Codes uint8 [problems, d, candidates * neurons], inputs in their own order.
     """
-    problems, d, neurons = weight.shape
-    group = torch.arange(d, device=weight.device) // grid.group_size
-    if order is not None:
-        weight = weight[:, order]
-        cross, gram, group = cross[:, order][:, :, order], gram[:, order][:, :, order], group[order]
-    columns = grid.scale.shape[2]
-    panels = _Panels(grid, group, rounding)
-    inverse, dead = _inverse_norms(gram)
-    values = weight.new_empty(problems, d, columns)
-    codes = torch.empty(problems, d, columns, dtype=torch.uint8)
-    for a in range(0, d, BLOCK):
-        b = min(a + BLOCK, d)
-        hi = inverse[:, a:b, None]
-        left = cross[:, a:b, :b] * hi
-        _keep_lower(left[:, :, a:], dead[:, a:b])
-        panel = values[:, a:b]
-        target = torch.bmm(left, weight[:, :b])
-        panel.view(problems, b - a, columns // neurons, neurons).copy_(target[:, :, None])
-        lower = gram[:, a:b, :b] * hi
-        if a > 0:
-            panel.baddbmm_(lower[:, :, :a], values[:, :a], alpha=-1)
-        panels.run(panel, lower[:, :, a:], codes[:, a:b], a, feedback="value")
-    return _restore(codes, order)
+
+    def __init__(
+        self,
+        weight: Tensor,
+        cross: Tensor,
+        gram: Tensor,
+        *,
+        order: Tensor | None = None,
+        rounding: Rounding = NEAREST,
+    ) -> None:
+        self.neurons, self.order, self.rounding = weight.shape[2], order, rounding
+        if order is not None:
+            weight = weight[:, order]
+            cross, gram = cross[:, order][:, :, order], gram[:, order][:, :, order]
+        self.gram = gram
+        self.inverse, dead = _inverse_norms(gram)
+        # sum_{s<=t} G_ts w_s / H_tt, which no grid changes.
+        self.target = torch.empty_like(weight)
+        for a in range(0, weight.shape[1], BLOCK):
+            b = min(a + BLOCK, weight.shape[1])
+            left = cross[:, a:b, :b] * self.inverse[:, a:b, None]
+            _keep_lower(left[:, :, a:], dead[:, a:b])
+            self.target[:, a:b] = torch.bmm(left, weight[:, :b])
+
+    def follow(self, grid: Grid, neurons: Tensor | None = None) -> Tensor:
+        """Codes uint8 [problems, d, candidates * neurons], inputs in their own order.
+
+        Args:
+            grid: of ``candidates * neurons`` columns; the candidates of a neuron share its products with G.
+            neurons: int64, the neurons that the grid is of; None for all.
+        """
+        target = self.target if neurons is None else self.target[:, :, neurons]
+        problems, d, count = target.shape
+        group = torch.arange(d, device=target.device) // grid.group_size
+        panels = _Panels(grid, group if self.order is None else group[self.order], self.rounding)
+        columns = grid.scale.shape[2]
+        values = target.new_empty(problems, d, columns)
+        codes = torch.empty(problems, d, columns, dtype=torch.uint8)
+        for a in range(0, d, BLOCK):
+            b = min(a + BLOCK, d)
+            panel = values[:, a:b]
+            panel.view(problems, b - a, columns // count, count).copy_(target[:, a:b, None])
+            lower = self.gram[:, a:b, :b] * self.inverse[:, a:b, None]
+            if a > 0:
+                panel.baddbmm_(lower[:, :, :a], values[:, :a], alpha=-1)
+            panels.run(panel, lower[:, :, a:], codes[:, a:b], a, feedback="value")
+        return _restore(codes, self.order)
+
+
+def in_order(analog: Tensor, quantized: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """X and X~ with their columns in the order in which they are visited; one copy where both are the same."""
+    if order is None:
+        return analog, quantized
+    ordered = analog[:, :, order]
+    return ordered, ordered if analog is quantized else quantized[:, :, order]
 
 
 def follow_samples(
@@ -119,9 +155,9 @@ def follow_samples(
 
     Args:
         weight: [problems, d, neurons].
-        analog, quantized: X and X~, [problems, m, d].
+        analog, quantized: X and X~, [problems, m, d], as `in_order` gives them: column t is the t-th input visited.
         ridge: [problems], what is added to the diagonals of G and H; None for nothing.
-        grid, order, rounding: as in `follow_gram`, and so is the result.
+        grid, order, rounding: as in `GramPath`, and so is the result.
     """
     problems, d, neurons = weight.shape
     columns = grid.scale.shape[2]
@@ -133,8 +169,7 @@ def follow_samples(
     error = weight.new_zeros(problems, analog.shape[1], columns)  # u
     for a in range(0, d, BLOCK):
         b = min(a + BLOCK, d)
-        x = analog[:, :, visit[a:b]]
-        x_tilde = quantized[:, :, visit[a:b]]
+        x, x_tilde = analog[:, :, a:b], quantized[:, :, a:b]
         transposed = x_tilde.transpose(1, 2)
         gram, left = torch.bmm(transposed, x_tilde), torch.bmm(transposed, x)
         if ridge is not None:
@@ -157,7 +192,7 @@ def coordinate_descent(
 
     Each visit sets q_t to the grid value nearest its minimizer q_t + (G w - H q)_t / H_tt, so no sweep makes the
     error on the calibration data larger (Zhang et al., "COMQ", 2024, arXiv:2403.07134, with two streams).
-    Stops early when a sweep changes nothing. Arguments and result as in `follow_gram`, one candidate a neuron.
+    Stops early when a sweep changes nothing. Arguments and result as in `GramPath`, one candidate a neuron.
     """
     d = weight.shape[1]
     group = torch.arange(d, device=weight.device) // grid.group_size
@@ -177,6 +212,50 @@ def coordinate_descent(
             panels.run(panel, gram[:, a:b, a:b] * hi, codes[:, a:b], a, feedback="change", previous=previous)
             values[:, a:b] += panel
             residual.baddbmm_(gram[:, :, a:b], panel, alpha=-1)
+        if torch.equal(before, codes):
+            break
+    return codes
+
+
+def coordinate_descent_on_samples(
+    weight: Tensor,
+    analog: Tensor,
+    quantized: Tensor,
+    grid: Grid,
+    codes: Tensor,
+    *,
+    sweeps: int,
+    ridge: Tensor,
+    rounding: Rounding = NEAREST,
+) -> Tensor:
+    """`coordinate_descent` on X and X~ themselves, cheaper where a layer has many more inputs than neurons.
+
+    Args:
+        analog, quantized: X and X~, [problems, m, d].
+        ridge: [problems], what is added to the diagonals of G and H.
+    """
+    d = weight.shape[1]
+    group = torch.arange(d, device=weight.device) // grid.group_size
+    panels = _Panels(grid, group, rounding)
+    codes = codes.clone()
+    values = grid.values(codes)
+    error = torch.bmm(analog, weight).baddbmm_(quantized, values, alpha=-1)  # X w - X~ q
+    for _ in range(sweeps):
+        before = codes.clone()
+        for a in range(0, d, BLOCK):
+            b = min(a + BLOCK, d)
+            x_tilde, previous = quantized[:, :, a:b], values[:, a:b].contiguous()
+            gram = torch.bmm(x_tilde.transpose(1, 2), x_tilde)
+            gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+            inverse, dead = _inverse_norms(gram)
+            residual = torch.bmm(x_tilde.transpose(1, 2), error)
+            residual += ridge[:, None, None] * (weight[:, a:b] - previous)
+            target = torch.where(dead[:, :, None], weight[:, a:b], previous)
+            panel = (residual * inverse[:, :, None]).add_(target)
+            lower = gram * inverse[:, :, None]
+            panels.run(panel, lower, codes[:, a:b], a, feedback="change", previous=previous)
+            values[:, a:b] += panel
+            error.baddbmm_(x_tilde, panel, alpha=-1)
         if torch.equal(before, codes):
             break
     return codes
@@ -202,7 +281,7 @@ def follow_aligned(
 
     Args:
         damping: l as a fraction of the mean of H's diagonal, > 0.
-        weight, cross, gram, grid, order, rounding: as in `follow_gram`, and so is the result.
+        weight, cross, gram, grid, order, rounding: as in `GramPath`, and so is the result.
     """
     problems, d, neurons = weight.shape
     columns = grid.scale.shape[2]

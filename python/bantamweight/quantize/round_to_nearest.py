@@ -1,13 +1,39 @@
-"""Round to nearest: the baseline that looks at one weight at a time."""
+"""Round to nearest: the baseline that looks at one weight at a time, and what other methods fall back on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from .grid import Grid
 from .layer_problem import LayerProblem
 from .method import LayerResult, LayerwiseMethod, layer_result
-from .step_search import search_step
+from .step_search import Solution, search_step
+
+
+def nearest(
+    problem: LayerProblem, config: LayerwiseMethod, outputs: Tensor, *, factors: Sequence[float] = (1.0,)
+) -> Solution:
+    """Each weight to the nearest value of the best of the grids that reach `factors` times its range."""
+
+    def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
+        weight = problem.weight if neurons is None else problem.weight[:, :, neurons]
+        return grid.nearest(weight.repeat(1, 1, grid.scale.shape[2] // weight.shape[2]))
+
+    return search_step(
+        problem,
+        config.grid_alphabet,
+        solve,
+        factors=factors,
+        granularity=config.step_granularity,
+        group_size=config.group_size_for(problem.inputs),
+        percentile=config.percentile,
+        rows_per_scale=config.rows_per_scale,
+        corrected=config.bias_correction,
+        outputs=outputs,
+        refine=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +51,10 @@ class RoundToNearest(LayerwiseMethod):
 
     method: ClassVar[str] = "round_to_nearest"
 
+    def statistics(self, *, inputs: int, neurons: int, rows: int) -> str:
+        return "means"
+
     def quantize_layer(self, problem: LayerProblem, bias: Tensor | None) -> LayerResult:
         outputs = problem.held_out_outputs()
-        solution = search_step(
-            problem,
-            self.grid_alphabet,
-            lambda grid: grid.nearest(problem.weight.repeat(1, 1, grid.scale.shape[2] // problem.neurons)),
-            factors=self.steps or (1.0,),
-            granularity=self.step_granularity,
-            group_size=self.group_size_for(problem.inputs),
-            percentile=self.percentile,
-            rows_per_scale=self.rows_per_scale,
-            corrected=self.bias_correction,
-            outputs=outputs,
-            refine=False,
-        )
+        solution = nearest(problem, self, outputs, factors=self.steps or (1.0,))
         return layer_result(problem, solution, outputs, bias, corrected=self.bias_correction)
