@@ -178,7 +178,9 @@ def _replace(model: M, form_of: Callable[[str, QuantizedLayer], nn.Module]) -> M
 
 def _layers_whose_weight_is_read(model: nn.Module) -> set[int]:
     # nn.MultiheadAttention hands out_proj.weight to a function of torch's and never calls the layer.
-    return {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    # A prepared attention has a forward of its own, which does.
+    kind = nn.MultiheadAttention
+    return {id(m.out_proj) for m in model.modules() if isinstance(m, kind) and type(m).forward is kind.forward}
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

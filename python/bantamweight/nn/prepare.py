@@ -1,0 +1,136 @@
+"""Modules of many kinds rewritten, where they stand, so that their weights live in plain layers.
+
+Quantizers, kernels and files know nn.Linear, nn.Conv2d and nn.Embedding. A recurrent layer, an attention or a 1d
+convolution computes with the same products, but keeps their weights in parameters of its own. `prepare` gives each
+such module children of the plain kinds that hold its weights, and lets it compute with them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import FormatError
+from .prepared.attention import PreparedMultiheadAttention, leave_fast_paths
+from .prepared.base import PreparedModule, class_for, reason_to_leave
+from .prepared.convolution import PreparedConv1d
+from .prepared.linear import PreparedTransposedLinear
+from .prepared.recurrent import PreparedGRU, PreparedLSTM, PreparedRNN
+from .prepared.recurrent_cell import PreparedGRUCell, PreparedLSTMCell, PreparedRNNCell
+from .surgery import become
+
+_FORMS: tuple[type[PreparedModule], ...] = (
+    PreparedConv1d,
+    PreparedLSTM,
+    PreparedGRU,
+    PreparedRNN,
+    PreparedLSTMCell,
+    PreparedGRUCell,
+    PreparedRNNCell,
+    PreparedMultiheadAttention,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` did.
+
+    Attributes:
+        records: by the first name of each module that was rewritten, what a file's header must say for `prepare_like`.
+        left: by name, why a module of a kind that can be prepared was left as it is.
+    """
+
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(model: nn.Module, *, skip: Callable[[str], bool] = lambda name: False) -> Prepared:
+    """Rewrites, in place, every module of a kind that has a prepared form; each stays the same object.
+
+    Args:
+        skip: True for the names of modules to leave alone.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU())
+        >>> prepare(net).records
+        {'0': {'kind': 'conv1d'}}
+        >>> [name for name, _ in net.named_parameters()]
+        ['0.conv.weight', '0.conv.bias']
+    """
+    found = Prepared()
+    for name, module in list(model.named_modules()):
+        form = _form_of(module)
+        if form is None or skip(name):
+            continue
+        reason = reason_to_leave(form, module)
+        if reason is not None:
+            found.left[name] = reason
+            continue
+        new = form.prepare(module)
+        found.records[name] = new.record()
+        become(module, new)
+    leave_fast_paths(model)
+    return found
+
+
+def prepare_like(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Brings a model from make_model(), maybe on the meta device, into the form of one that was prepared and saved.
+
+    Raises:
+        FormatError: a record of an unknown kind, or a module that is missing or does not fit its record. The model is
+            then as before.
+
+    Example:
+        >>> net = nn.Sequential(nn.LSTM(4, 8), nn.Identity())
+        >>> prepare_like(net, {"0": {"kind": "lstm"}})
+        >>> [name for name, _ in net.named_children()], isinstance(net[0], nn.LSTM)
+        (['0', '1'], True)
+    """
+    forms = {form.kind: form for form in (*_FORMS, PreparedTransposedLinear)}
+    planned: list[tuple[nn.Module, PreparedModule]] = []
+    for name, record in records.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise FormatError(
+                f"the file has a prepared module {name!r}, which {type(model).__name__} lacks; pass the make_model() "
+                "it was saved from"
+            ) from None
+        kind = record.get("kind")
+        form = forms.get(kind) if isinstance(kind, str) else None
+        if form is PreparedTransposedLinear:
+            form = _transposed_form() or form
+        if form is None:
+            raise FormatError(
+                f"module {name!r} of the file is prepared as {kind!r}, which this version does not know; load it with "
+                "the bantamweight that saved it, or a newer one"
+            )
+        try:
+            planned.append((module, form.prepare_like(module, record)))
+        except FormatError as error:
+            raise FormatError(f"module {name!r}: {error}; pass the make_model() it was saved from") from None
+    for module, new in planned:
+        become(module, new)
+    leave_fast_paths(model)
+
+
+def _form_of(module: nn.Module) -> type[PreparedModule] | None:
+    """The prepared form for modules of this class, if there is one and it is not prepared yet."""
+    if isinstance(module, PreparedModule):
+        return None
+    transposed = _transposed_form()
+    forms = _FORMS if transposed is None else (*_FORMS, transposed)
+    return next((form for form in forms if isinstance(module, form.replaces)), None)
+
+
+def _transposed_form() -> type[PreparedModule] | None:
+    """The form for transformers' Conv1D, where somebody has imported it."""
+    base = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if base is None:
+        return None
+    form = class_for(PreparedTransposedLinear, base)
+    form.replaces = base
+    return form

@@ -1,0 +1,124 @@
+"""What prepared modules share: they stand where a torch module stood, and their weights live in plain layers."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ...errors import FormatError
+
+# Weights that these cannot hold are left as they are.
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class PreparedModule(nn.Module):
+    """Base of the prepared modules.
+
+    A prepared module is also an instance of the class it stands for, keeps its settings (`hidden_size`, `num_heads`),
+    and answers for its parameters from the children that hold them.
+    """
+
+    kind: ClassVar[str]
+    replaces: ClassVar[type[nn.Module]]  # the class whose forward it computes
+    parameters_of: ClassVar[tuple[str, ...]] = ("weight",)  # what must be a parameter of the module that it replaces
+
+    @classmethod
+    def why_not(cls, module: Any) -> str | None:
+        """Why this module cannot be prepared, or None; `module` is of the class that is replaced."""
+        return None
+
+    @classmethod
+    def prepare(cls, module: Any) -> Self:
+        """The prepared form, on the parameters of `module`; `module` keeps them too, until it becomes the new one."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """What a file's header says of the module: JSON values, from which `prepare_like` makes it again."""
+        return {"kind": self.kind}
+
+    @classmethod
+    def prepare_like(cls, module: Any, record: Mapping[str, Any]) -> Self:
+        """The prepared form of a fresh `module`, as the record of a saved one says."""
+        reason = reason_to_leave(cls, module)
+        if reason is not None:
+            raise FormatError(f"the file has it prepared as {cls.kind}, but here {reason}")
+        return cls.prepare(module)
+
+
+def reason_to_leave(form: type[PreparedModule], module: nn.Module) -> str | None:
+    """Why `module` cannot take the prepared form, in words that follow its name; None where it can."""
+    base: Any = form.replaces
+    held = module._parameters
+    if not isinstance(module, base):
+        return f"it is a {type(module).__name__}, not a {base.__name__}"
+    if "forward" in vars(module) or type(module).forward is not base.forward:
+        return f"its class {type(module).__name__} has a forward of its own"
+    if parametrize.is_parametrized(module) or not set(form.parameters_of) <= set(held):
+        return "its weights are made anew at every call; make them plain with settle_weights first"
+    if any(isinstance(value, nn.parameter.UninitializedTensorMixin) for value in held.values()):
+        return "its weights have no shape yet; run the model once first"
+    others = sorted({str(value.dtype) for value in held.values() if value is not None and value.dtype not in _FLOATS})
+    if others:
+        return f"its weights are {others[0]}, but must be real floating point"
+    return form.why_not(module)
+
+
+def bare(form: type[Any]) -> Any:
+    """An instance without parameters: its torch class's own __init__ would allocate those it replaces."""
+    module = form.__new__(form)
+    nn.Module.__init__(module)
+    return module
+
+
+def parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A parameter of these values that asks for a gradient where `like` does."""
+    return nn.Parameter(tensor.detach(), requires_grad=like.requires_grad)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """nn.Linear on these very parameters."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
+
+
+def conv2d(weight: Tensor, bias: Tensor | None, *, groups: int = 1, **geometry: Any) -> nn.Conv2d:
+    """nn.Conv2d on these very parameters, weight [out, in / groups, kh, kw]."""
+    out_channels, in_channels, height, width = weight.shape
+    layer = nn.Conv2d(
+        in_channels * groups,
+        out_channels,
+        (height, width),
+        groups=groups,
+        bias=bias is not None,
+        device="meta",
+        **geometry,
+    )
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
+
+
+_subclasses: dict[tuple[type[Any], type[Any]], type[Any]] = {}
+
+
+def class_for(form: type[Any], own: type[nn.Module]) -> type[Any]:
+    """`form` as a subclass of the user's class `own` too, so that its other methods and isinstance keep working."""
+    if issubclass(form, own):
+        return form
+    if (form, own) not in _subclasses:
+        body = {"__module__": form.__module__, "__reduce_ex__": _reduce}
+        _subclasses[form, own] = type(f"Prepared{own.__name__}", (form, own), body)
+    return _subclasses[form, own]
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # Classes that are made while running have no name to be pickled by; the two that they are made of have.
+    own_state: Any = getattr(self, "__getstate__")()  # noqa: B009  (object's, since Python 3.11)
+    return _restore, type(self).__bases__, own_state
+
+
+def _restore(form: type[Any], own: type[nn.Module]) -> Any:
+    cls = class_for(form, own)
+    return cls.__new__(cls)
