@@ -14,15 +14,19 @@ from torch import nn
 
 from ..errors import FormatError
 from .prepared.attention import PreparedMultiheadAttention, leave_fast_paths
+from .prepared.bag import PreparedEmbeddingBag
 from .prepared.base import PreparedModule, class_for, reason_to_leave
 from .prepared.convolution import PreparedConv1d
 from .prepared.linear import PreparedTransposedLinear
 from .prepared.recurrent import PreparedGRU, PreparedLSTM, PreparedRNN
 from .prepared.recurrent_cell import PreparedGRUCell, PreparedLSTMCell, PreparedRNNCell
+from .prepared.transposed import PreparedConvTranspose1d, PreparedConvTranspose2d
 from .surgery import become
 
 _FORMS: tuple[type[PreparedModule], ...] = (
     PreparedConv1d,
+    PreparedConvTranspose1d,
+    PreparedConvTranspose2d,
     PreparedLSTM,
     PreparedGRU,
     PreparedRNN,
@@ -30,6 +34,7 @@ _FORMS: tuple[type[PreparedModule], ...] = (
     PreparedGRUCell,
     PreparedRNNCell,
     PreparedMultiheadAttention,
+    PreparedEmbeddingBag,
 )
 
 
