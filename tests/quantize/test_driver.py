@@ -11,6 +11,7 @@ from bantamweight.errors import BantamweightError, CalibrationError, FormatError
 from bantamweight.nn import SimulatedConv2d, SimulatedLinear
 from bantamweight.quantize import driver, preset
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 FAST = GPFQ(bits=4, steps=(0.7, 1.0))
@@ -394,15 +395,39 @@ def test_layers_never_reached_and_layers_shared():
     assert isinstance(quantized.spare, nn.Linear)
 
 
-def test_attentions_projections_are_left():
+def test_layers_of_other_kinds_are_quantized_through_plain_ones():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
     tokens = torch.randn(12, 7, 16)
     quantized = quantize(layer, GPFQ(bits=8), calibration=tokens)
-    assert [layer.name for layer in quantized.quantization.layers] == ["linear1", "linear2"]
-    assert {layer.name for layer in quantized.quantization.skipped} == {"self_attn.in_proj_weight", "self_attn.out_proj"}
+    parts = ["query", "key", "value", "out_proj"]
+    assert [layer.name for layer in quantized.quantization.layers] == [
+        *(f"self_attn.{part}" for part in parts),
+        "linear1",
+        "linear2",
+    ]
+    assert quantized.quantization.share == 1.0 and quantized.prepared == {"self_attn": {"kind": "multihead_attention"}}
     with torch.no_grad():
         assert torch.allclose(layer(tokens), quantized(tokens), atol=0.05)
+    partly = quantize(layer, FAST, calibration=tokens, ignore=["self_attn"]).quantization
+    assert [layer.name for layer in partly.layers] == ["linear1", "linear2"]
+    assert [layer.name for layer in partly.skipped] == ["self_attn.in_proj_weight", "self_attn.out_proj"]
+    odd = nn.Sequential(nn.ConvTranspose1d(4, 4, 3, stride=2, dilation=2), nn.Conv1d(4, 3, 2))
+    report = quantize(odd, FAST, calibration=torch.randn(20, 4, 10)).quantization
+    assert [layer.name for layer in report.layers] == ["1.conv"]
+    assert [layer.name for layer in report.skipped] == ["0"] and "dilation" in report.skipped[0].reason
+
+
+def test_weights_made_anew_at_every_call_are_settled_first(images: Tensor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 4)).eval()
+    model[1].running_mean.normal_()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    model[3] = nn.utils.parametrizations.weight_norm(model[3])
+    quantized = quantize(model, GPFQ(bits=8), calibration=images)
+    assert quantized.quantization.folded == ("1",) and set(quantized.prepared) == {"0.weight", "3.weight"}
+    with torch.no_grad():
+        assert float((quantized(images) - model(images)).norm() / model(images).norm()) < 0.02
 
 
 def test_forms_of_batches():

@@ -19,8 +19,11 @@ from ..nn import fold
 from ..nn.embedding import SimulatedEmbedding
 from ..nn.fast_paths import leave_fast_paths
 from ..nn.layer import QuantizedLayer
+from ..nn.prepare import prepare
+from ..nn.prepared.settle import settle_weights
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
 from ..nn.surgery import become
+from ..patterns import fits
 from ..weights import QuantizedWeight
 from .calibrate import Streams, TargetLayer, build_problem
 from .embedding_table import quantize_embedding
@@ -52,7 +55,11 @@ def quantize(
     progress: bool = True,
     max_memory: int = 8 << 30,
 ) -> nn.Module:
-    """A copy of the model with quantized (simulated) linear and 2d convolution layers.
+    """A copy of the model whose linear, convolution, recurrent and attention layers are quantized (simulated).
+
+    Weights that hooks make anew (pruning, weight and spectral normalization) become plain, BatchNorms are folded, and
+    other layers are rewritten, where they are, on linear, 2d convolution and embedding layers (`nn.prepare`): what is
+    quantized are those, "lstm.input_l0", say.
 
     Layers are taken in forward order; each sees its inputs in the analog network and in the network quantized so far.
     Both run once, the model's own code, all batches side by side, and stop at each layer until it is quantized. Where
@@ -111,12 +118,23 @@ def quantize(
     overrides = dict(overrides or {})
     analog = working_copy(model)
     leave_fast_paths(analog)
+    ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+    left_alone = [*ignore, *(pattern for pattern, special in overrides.items() if special is None)]
     with torch.no_grad():
         batches = collect_batches(analog, calibration, held_out=config.held_out, seed=config.seed)
+        settled = settle_weights(analog)
         if fold_batchnorm:
             analog, _ = fold.fold_batchnorm(analog, batches[0].run)
+        prepared = prepare(analog, skip=lambda name: any(fits("ignore", pattern, name) for pattern in left_alone))
         selection = select_layers(
-            analog, config, ignore=ignore, overrides=overrides, layers=layers, embeddings=embeddings, strict=strict
+            analog,
+            config,
+            ignore=ignore,
+            overrides=overrides,
+            layers=layers,
+            embeddings=embeddings,
+            strict=strict,
+            reasons=prepared.left,
         )
         run = _Run(analog, selection, batches, _resume_folder(resume, analog, selection, batches))
         with tqdm(
@@ -137,6 +155,7 @@ def quantize(
         for name, layer in selection.layers.items()
         if name not in run.reports
     ]
+    setattr(run.quantized, "prepared", {**prepared.records, **settled})  # noqa: B010  # for save
     run.quantized.quantization = QuantizationReport(  # type: ignore[assignment]
         config=config.to_json(),
         layers=tuple(run.reports.values()),
@@ -164,7 +183,7 @@ def quantize_(model: nn.Module, config: LayerwiseMethod | str, **options: Any) -
     """
     quantized = quantize(model, config, **options)
     _take_over(model, quantized)
-    for name in ("quantization", "folded_batchnorms", "kept_batchnorms"):
+    for name in ("quantization", "folded_batchnorms", "kept_batchnorms", "prepared"):
         if name in vars(quantized):
             setattr(model, name, vars(quantized)[name])
     return model.eval()

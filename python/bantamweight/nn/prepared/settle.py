@@ -88,7 +88,13 @@ def _settle(module: Any, tensor: str, kind: str) -> None:
             utils.remove_spectral_norm(module, tensor)
             _forget_state_hooks(module, tensor)
         else:
+            # torch takes the tensor's property off the class, which a deep copy shares with what it was copied from.
+            own = type(module)
+            module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
             parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+            value = module._buffers.pop(tensor, None)
+            if value is not None:  # what torch makes of a weight that asks for no gradient
+                module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
 
 
 def _forget_state_hooks(module: Any, tensor: str) -> None:
