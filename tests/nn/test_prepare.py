@@ -416,3 +416,16 @@ def test_a_transposed_linear_of_transformers(monkeypatch: pytest.MonkeyPatch) ->
     fresh.load_state_dict(net.state_dict())
     same(copy.deepcopy(fresh)(x), expected)
     assert "linear" in repr(net[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_bilinear(bias: bool) -> None:
+    reference, prepared = both(nn.Bilinear(4, 5, 6, bias=bias), "bilinear")
+    for shape in ((3,), (2, 3), ()):
+        x, y = torch.randn(*shape, 4), torch.randn(*shape, 5)
+        same(prepared(x, y), reference(x, y), tolerance=1e-5)
+    same(prepared.weight, reference.weight)
+    for module in (reference, prepared):
+        with pytest.raises(RuntimeError):
+            module(torch.randn(3, 4), torch.randn(2, 5))

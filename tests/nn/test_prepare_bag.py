@@ -74,9 +74,7 @@ def test_a_bag_quantizes_as_a_table() -> None:
     assert not left.records and "max_norm=1.0" in left.left[""]
     prepare(net)
     ids = torch.randint(0, 50, (64, 6))
-    small = bw.quantize(
-        net, bw.GPFQ(bits=8), calibration=ids, embeddings=bw.RoundToNearest(bits=8), progress=False
-    )
+    small = bw.quantize(net, bw.GPFQ(bits=8), calibration=ids, embeddings=bw.RoundToNearest(bits=8), progress=False)
     packed = bw.pack(small)
     assert {record.name for record in packed.packing.layers if record.kernel} == {"0.table", "1"}
     assert float((packed(ids) - net(ids)).norm() / net(ids).norm()) < 0.05

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import tensors_in
 from .layer import QuantizedLayer
+from .prepared.base import PreparedModule
 from .surgery import become
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,11 @@ def fold_batchnorm(model: M, run: Run | None = None) -> tuple[M, list[str]]:
 
 
 class LayerTracer(fx.Tracer):
-    """Keeps quantized layers and BatchNorms of any class whole."""
+    """Keeps quantized layers, prepared modules and BatchNorms of any class whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, QuantizedLayer | PreparedModule | _BatchNorm)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced_pairs(model: nn.Module) -> dict[str, str] | None:

@@ -12,14 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import FormatError
+from ..errors import BantamweightError, FormatError
 from .prepared.attention import PreparedMultiheadAttention, leave_fast_paths
 from .prepared.bag import PreparedEmbeddingBag
 from .prepared.base import PreparedModule, class_for, reason_to_leave
 from .prepared.convolution import PreparedConv1d
-from .prepared.linear import PreparedTransposedLinear
+from .prepared.hosted import HostedModule, observed, uses_of, watched
+from .prepared.linear import PreparedBilinear, PreparedTransposedLinear
 from .prepared.recurrent import PreparedGRU, PreparedLSTM, PreparedRNN
 from .prepared.recurrent_cell import PreparedGRUCell, PreparedLSTMCell, PreparedRNNCell
+from .prepared.stand_in import Use
 from .prepared.transposed import PreparedConvTranspose1d, PreparedConvTranspose2d
 from .surgery import become
 
@@ -35,7 +37,11 @@ _FORMS: tuple[type[PreparedModule], ...] = (
     PreparedRNNCell,
     PreparedMultiheadAttention,
     PreparedEmbeddingBag,
+    PreparedBilinear,
 )
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +57,19 @@ class Prepared:
     left: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(model: nn.Module, *, skip: Callable[[str], bool] = lambda name: False) -> Prepared:
+def prepare(
+    model: nn.Module,
+    *,
+    skip: Callable[[str], bool] = lambda name: False,
+    run: Callable[[], Any] | None = None,
+) -> Prepared:
     """Rewrites, in place, every module of a kind that has a prepared form; each stays the same object.
 
     Args:
         skip: True for the names of modules to leave alone.
+        run: runs the model once on real data. While it does, modules with a forward of their own are observed: those
+            that hand a parameter to a product (a subclass of nn.Linear with a scale, say, or 3d weights of experts)
+            are rewritten so that a child computes it. Without it they are left as they are.
 
     Example:
         >>> import torch
@@ -68,7 +82,8 @@ def prepare(model: nn.Module, *, skip: Callable[[str], bool] = lambda name: Fals
     found = Prepared()
     for name, module in list(model.named_modules()):
         form = _form_of(module)
-        if form is None or skip(name):
+        hosted = isinstance(module, _LAYERS) and bool(watched(module))
+        if form is None or hosted or skip(name):
             continue
         reason = reason_to_leave(form, module)
         if reason is not None:
@@ -77,6 +92,7 @@ def prepare(model: nn.Module, *, skip: Callable[[str], bool] = lambda name: Fals
         new = form.prepare(module)
         found.records[name] = new.record()
         become(module, new)
+    _host(model, skip, run, found)
     leave_fast_paths(model)
     return found
 
@@ -94,7 +110,7 @@ def prepare_like(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> 
         >>> [name for name, _ in net.named_children()], isinstance(net[0], nn.LSTM)
         (['0', '1'], True)
     """
-    forms = {form.kind: form for form in (*_FORMS, PreparedTransposedLinear)}
+    forms = {form.kind: form for form in (*_FORMS, PreparedTransposedLinear, HostedModule)}
     planned: list[tuple[nn.Module, PreparedModule]] = []
     for name, record in records.items():
         try:
@@ -120,6 +136,49 @@ def prepare_like(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> 
     for module, new in planned:
         become(module, new)
     leave_fast_paths(model)
+
+
+def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[], Any] | None, found: Prepared) -> None:
+    """Observes the modules with a forward of their own, and rewrites those that suit."""
+    modules = {name: (module, watched(module)) for name, module in model.named_modules() if not skip(name)}
+    modules = {name: (module, names) for name, (module, names) in modules.items() if names and name not in found.left}
+    layers = {name for name, (module, _) in modules.items() if isinstance(module, _LAYERS)}
+    if run is None or not modules:
+        found.left.update({name: "how its own forward uses its weight was not observed; pass run" for name in layers})
+        return
+    try:
+        with observed(modules) as seen:
+            run()
+    except Exception as error:  # the user's code meets tensors of another class
+        reason = f"its own forward cannot be observed ({type(error).__name__}: {error})"
+        found.left.update({name: reason for name in layers})
+        return
+    for name, (module, _) in modules.items():
+        uses, left = uses_of(seen[name])
+        for key, reason in _reasons(module, seen[name], left).items():
+            found.left[name if name in layers else f"{name}.{key}" if name else key] = reason
+        if not uses:
+            continue
+        try:
+            new = HostedModule.host(module, uses)
+            record = new.record()
+            become(module, new)
+        except BantamweightError as error:
+            found.left[name] = str(error)
+        else:
+            found.records[name] = record
+
+
+def _reasons(module: Any, seen: Mapping[str, list[Use | None]], left: Mapping[str, str]) -> dict[str, str]:
+    """By parameter, why no child holds it; nothing of a parameter that nobody would take for a matrix."""
+    reasons = dict(left)
+    for key, uses in seen.items():
+        value = module._parameters[key]
+        matrices = isinstance(module, _LAYERS) or (value.ndim == 3 and min(value.shape) > 1)
+        if not matrices or key in reasons or any(use is not None for use in uses):
+            continue
+        reasons[key] = "its own forward makes other weights of it first" if uses else "the data never reaches it"
+    return reasons
 
 
 def _form_of(module: nn.Module) -> type[PreparedModule] | None:

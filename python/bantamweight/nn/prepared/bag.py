@@ -92,6 +92,8 @@ class PreparedEmbeddingBag(PreparedModule, nn.EmbeddingBag):
             raise RuntimeError(f"offsets[0] has to be 0, i.e., the first sequence starts from 0, but got {starts[0]}")
         lengths = ends - starts
         if bool((lengths < 0).any()) or int(lengths.sum()) > len(input):
-            raise RuntimeError(f"offsets must rise from 0 to at most the {len(input)} indices, but got {offsets.tolist()}")
+            raise RuntimeError(
+                f"offsets must rise from 0 to at most the {len(input)} indices, but got {offsets.tolist()}"
+            )
         bags = torch.arange(len(lengths), device=input.device).repeat_interleave(lengths)
         return input[: len(bags)], bags, len(lengths)

@@ -34,6 +34,11 @@ class PreparedModule(nn.Module):
         """The prepared form, on the parameters of `module`; `module` keeps them too, until it becomes the new one."""
         raise NotImplementedError
 
+    @classmethod
+    def body_for(cls, own: type[nn.Module]) -> dict[str, Any]:
+        """What the form adds to a class that it is mixed into."""
+        return {}
+
     def record(self) -> dict[str, Any]:
         """What a file's header says of the module: JSON values, from which `prepare_like` makes it again."""
         return {"kind": self.kind}
@@ -108,7 +113,7 @@ def class_for(form: type[Any], own: type[nn.Module]) -> type[Any]:
     if issubclass(form, own):
         return form
     if (form, own) not in _subclasses:
-        body = {"__module__": form.__module__, "__reduce_ex__": _reduce}
+        body = {"__module__": form.__module__, "__reduce_ex__": _reduce, **form.body_for(own)}
         _subclasses[form, own] = type(f"Prepared{own.__name__}", (form, own), body)
     return _subclasses[form, own]
 

@@ -1,4 +1,4 @@
-"""Layers that are nn.Linear in another dress: transformers' Conv1D."""
+"""Layers that are nn.Linear in another dress: transformers' Conv1D, and nn.Bilinear."""
 
 from typing import Any, Self
 
@@ -36,3 +36,37 @@ class PreparedTransposedLinear(PreparedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)  # type: ignore[operator]
+
+
+class PreparedBilinear(PreparedModule, nn.Bilinear):
+    """`nn.Bilinear`, ``y_o = x1 . W_o x2 + b_o``, on its child `linear`, which computes every ``W_o x2`` at once.
+
+    Example:
+        >>> import torch
+        >>> PreparedBilinear.prepare(nn.Bilinear(3, 4, 5))(torch.randn(2, 3), torch.randn(2, 4)).shape
+        torch.Size([2, 5])
+    """
+
+    kind = "bilinear"
+    replaces = nn.Bilinear
+    linear: nn.Linear
+
+    @classmethod
+    def prepare(cls, module: nn.Bilinear) -> Self:
+        new: Any = bare(class_for(cls, type(module)))
+        new.linear = linear(parameter(module.weight.flatten(0, 1), like=module.weight), None)
+        new.register_parameter("bias", module.bias)
+        return new
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.linear.weight.unflatten(0, (self.out_features, self.in1_features))
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if input1.shape[:-1] != input2.shape[:-1]:
+            raise RuntimeError(
+                f"bilinear(): input dimensions do not match: got {list(input1.shape)} and {list(input2.shape)}"
+            )
+        products = self.linear(input2).unflatten(-1, (self.out_features, self.in1_features))
+        y = (products @ input1.unsqueeze(-1)).squeeze(-1)
+        return y if self.bias is None else y + self.bias
