@@ -173,7 +173,7 @@ def _reasons(module: Any, seen: Mapping[str, list[Use | None]], left: Mapping[st
     """By parameter, why no child holds it; nothing of a parameter that nobody would take for a matrix."""
     reasons = dict(left)
     for key, uses in seen.items():
-        value = module._parameters[key]
+        value: Any = module._parameters[key]
         matrices = isinstance(module, _LAYERS) or (value.ndim == 3 and min(value.shape) > 1)
         if not matrices or key in reasons or any(use is not None for use in uses):
             continue

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
-from .base import PreparedModule, bare, class_for, linear, parameter
+from .base import PreparedModule, bare, linear, parameter
 
 
 class PreparedMultiheadAttention(PreparedModule, nn.MultiheadAttention):
@@ -42,7 +42,7 @@ class PreparedMultiheadAttention(PreparedModule, nn.MultiheadAttention):
 
     @classmethod
     def prepare(cls, module: nn.MultiheadAttention) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         packed, bias = module.in_proj_weight, module.in_proj_bias
         weights: Any = [getattr(module, name) for name in _SEPARATE]
         if packed is not None:
@@ -52,19 +52,18 @@ class PreparedMultiheadAttention(PreparedModule, nn.MultiheadAttention):
             biases = [parameter(part, like=bias) for part in bias.detach().chunk(3)]  # type: ignore[arg-type]
         new.query, new.key, new.value = (linear(*pair) for pair in zip(weights, biases, strict=True))
         new.out_proj = module.out_proj
-        new.register_parameter("bias_k", module.bias_k)
-        new.register_parameter("bias_v", module.bias_v)
+        new.bias_k, new.bias_v = module.bias_k, module.bias_v
         new._qkv_same_embed_dim = False
         return new
 
     @property
     def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
-        weights = [self.query.weight, self.key.weight, self.value.weight]
+        weights = (self.query.weight, self.key.weight, self.value.weight)
         return torch.cat(weights) if self.kdim == self.vdim == self.embed_dim else None
 
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
-        biases = [self.query.bias, self.key.bias, self.value.bias]
+        biases = (self.query.bias, self.key.bias, self.value.bias)
         return None if any(bias is None for bias in biases) else torch.cat(biases)
 
     @property

@@ -5,7 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .base import PreparedModule, bare, class_for
+from .base import PreparedModule, bare
 
 
 class PreparedEmbeddingBag(PreparedModule, nn.EmbeddingBag):
@@ -24,12 +24,12 @@ class PreparedEmbeddingBag(PreparedModule, nn.EmbeddingBag):
     @classmethod
     def why_not(cls, module: nn.EmbeddingBag) -> str | None:
         if module.max_norm is not None:
-            return f"its max_norm={module.max_norm} changes its table at every call; set max_norm to None once it is trained"
+            return f"its max_norm={module.max_norm} changes its table at every call; set it to None once it is trained"
         return None
 
     @classmethod
     def prepare(cls, module: nn.EmbeddingBag) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         new.table = nn.Embedding(
             module.num_embeddings,
             module.embedding_dim,

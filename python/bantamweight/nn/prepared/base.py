@@ -5,11 +5,13 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ...errors import FormatError
 
-# Weights that these cannot hold are left as they are.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Weights of other types are left as they are.
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -62,7 +64,7 @@ def reason_to_leave(form: type[PreparedModule], module: nn.Module) -> str | None
         return f"its class {type(module).__name__} has a forward of its own"
     if parametrize.is_parametrized(module) or not set(form.parameters_of) <= set(held):
         return "its weights are made anew at every call; make them plain with settle_weights first"
-    if any(isinstance(value, nn.parameter.UninitializedTensorMixin) for value in held.values()):
+    if any(has_no_shape(value) for value in held.values()):
         return "its weights have no shape yet; run the model once first"
     others = sorted({str(value.dtype) for value in held.values() if value is not None and value.dtype not in _FLOATS})
     if others:
@@ -70,14 +72,22 @@ def reason_to_leave(form: type[PreparedModule], module: nn.Module) -> str | None
     return form.why_not(module)
 
 
-def bare(form: type[Any]) -> Any:
-    """An instance without parameters: its torch class's own __init__ would allocate those it replaces."""
-    module = form.__new__(form)
-    nn.Module.__init__(module)
-    return module
+def bare(form: type[Any], module: nn.Module) -> Any:
+    """An instance with the settings of `module` and none of its parameters, which its own __init__ would allocate."""
+    cls: Any = class_for(form, type(module))
+    new = cls.__new__(cls)
+    nn.Module.__init__(new)
+    vars(new).update({name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE})
+    new.training = module.training
+    return new
 
 
-def parameter(tensor: Tensor, like: nn.Parameter) -> nn.Parameter:
+def has_no_shape(value: Tensor | None) -> bool:
+    """Whether a parameter waits for the first call of a lazy module."""
+    return isinstance(value, UninitializedParameter)
+
+
+def parameter(tensor: Tensor, like: Tensor) -> nn.Parameter:
     """A parameter of these values that asks for a gradient where `like` does."""
     return nn.Parameter(tensor.detach(), requires_grad=like.requires_grad)
 
@@ -125,5 +135,5 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 
 def _restore(form: type[Any], own: type[nn.Module]) -> Any:
-    cls = class_for(form, own)
+    cls: Any = class_for(form, own)
     return cls.__new__(cls)

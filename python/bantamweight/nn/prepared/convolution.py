@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import PreparedModule, bare, class_for, conv2d, parameter
+from .base import PreparedModule, bare, conv2d, parameter
 
 
 class PreparedConv1d(PreparedModule, nn.Conv1d):
@@ -28,7 +28,7 @@ class PreparedConv1d(PreparedModule, nn.Conv1d):
 
     @classmethod
     def prepare(cls, module: nn.Conv1d) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         new.conv = conv2d(
             parameter(module.weight.unsqueeze(2), like=module.weight),
             module.bias,

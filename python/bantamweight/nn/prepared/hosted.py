@@ -11,11 +11,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 from torch.nn.utils import parametrize
 
 from ...errors import FormatError
-from .base import PreparedModule, bare, class_for, conv2d, linear, parameter
+from .base import PreparedModule, bare, class_for, conv2d, has_no_shape, linear, parameter
 from .stand_in import PRODUCTS, StandIn, Use
 
 
@@ -38,7 +39,7 @@ class HostedModule(PreparedModule):
         def forward(self: HostedModule, *args: Any, **kwargs: Any) -> Any:
             # A tracer would keep the stand-in as a constant, and the child would never be called.
             if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
-                raise fx.proxy.TraceError(f"{type(self).__name__} calls its layers in a way that fx cannot follow")
+                raise TraceError(f"{type(self).__name__} calls its layers in a way that fx cannot follow")
             return own.forward(self, *args, **kwargs)
 
         return {"forward": forward}
@@ -50,7 +51,7 @@ class HostedModule(PreparedModule):
         Raises:
             FormatError: a parameter or a use that does not fit the module.
         """
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         new.observing = None
         new.uses = dict(uses)
         new.dtypes = {}
@@ -118,10 +119,7 @@ class HostedModule(PreparedModule):
             if bias is not layer.bias:
                 return NotImplemented
             bias = None
-        if use.op == "conv1d":
-            y = layer(x.unsqueeze(-2)).squeeze(-2)
-        else:
-            y = layer(x)
+        y = layer(x.unsqueeze(-2)).squeeze(-2) if use.op == "conv1d" else layer(x)
         if bias is None:
             return y
         return y + (bias if use.op == "linear" else bias.view(-1, *[1] * (2 if use.op == "conv2d" else 1)))
@@ -194,7 +192,7 @@ def watched(module: nn.Module) -> list[str]:
         name
         for name, value in module._parameters.items()
         if value is not None
-        and not isinstance(value, nn.parameter.UninitializedTensorMixin)
+        and not has_no_shape(value)
         and value.is_floating_point()
         and value.ndim in (2, 3, 4)
         and value.numel() > 0
@@ -268,7 +266,7 @@ def _children(weight: Any, bias: Any, use: Use) -> nn.Module:
     if use.op == "conv2d":
         return conv2d(weight, bias, **dict(use.geometry))
     rows = {"stride": 1, "padding": 0, "dilation": 1}  # of the one row that the image has
-    wide = {
+    wide: dict[str, Any] = {
         name: (rows[name], *value) if name in rows and not isinstance(value, str) else value
         for name, value in use.geometry
     }

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import PreparedModule, bare, class_for, linear, parameter
+from .base import PreparedModule, bare, linear, parameter
 
 
 class PreparedTransposedLinear(PreparedModule):
@@ -19,7 +19,7 @@ class PreparedTransposedLinear(PreparedModule):
 
     @classmethod
     def prepare(cls, module: Any) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         weight = parameter(module.weight.detach().T.contiguous(), like=module.weight)
         new.linear = linear(weight, module.bias)
         return new
@@ -53,7 +53,7 @@ class PreparedBilinear(PreparedModule, nn.Bilinear):
 
     @classmethod
     def prepare(cls, module: nn.Bilinear) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         new.linear = linear(parameter(module.weight.flatten(0, 1), like=module.weight), None)
         new.register_parameter("bias", module.bias)
         return new

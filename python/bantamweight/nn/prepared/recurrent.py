@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 from torch.nn.utils.rnn import PackedSequence
 
-from .base import PreparedModule, bare, class_for, linear
+from .base import PreparedModule, bare, linear
 
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM: [batch, size]
 # What a step makes of the input gates of its time and of the state.
@@ -104,7 +104,7 @@ class PreparedRNNBase(PreparedModule, nn.RNNBase):
 
     @classmethod
     def prepare(cls, module: nn.RNNBase) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         held = module._parameters
         for suffix in _suffixes(module):
             names = {"input": "ih", "hidden": "hh", "projection": "hr"}
@@ -197,7 +197,8 @@ class PreparedRNNBase(PreparedModule, nn.RNNBase):
         for index, suffix in enumerate(_suffixes(self)):
             if index % directions == 0:
                 inputs, outputs = x, []
-            gates = self._modules[f"input_{suffix}"](inputs).split(sizes)
+            input_layer: Any = self._modules[f"input_{suffix}"]
+            gates = input_layer(inputs).split(sizes)
             start = tuple(part[index] for part in state)
             found, final = run_steps(self._step(suffix), gates, start, reverse=suffix.endswith("_reverse"))
             outputs.append(torch.cat(found))

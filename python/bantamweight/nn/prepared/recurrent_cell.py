@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .base import PreparedModule, bare, class_for, linear
+from .base import PreparedModule, bare, linear
 from .recurrent import State, Step, gru_step, lstm_step, rnn_step
 
 
@@ -17,7 +17,7 @@ class PreparedCell(PreparedModule, nn.modules.rnn.RNNCellBase):
 
     @classmethod
     def prepare(cls, module: Any) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         new.input = linear(module.weight_ih, module.bias_ih)
         new.hidden = linear(module.weight_hh, module.bias_hh)
         return new

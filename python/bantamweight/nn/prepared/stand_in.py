@@ -189,7 +189,7 @@ def _addmm(func: Any, bias: Any, x: Any, w: Any, *, beta: float = 1, alpha: floa
 
 def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
     """An equation that is a product of the last dimension of x with a weight, or with every expert's."""
-    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
     if not isinstance(equation, str) or len(operands) != 2 or not isinstance(operands[1], StandIn):
         return NotImplemented
     terms, _, out = equation.replace(" ", "").partition("->")

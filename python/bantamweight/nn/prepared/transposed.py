@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
-from .base import PreparedModule, bare, class_for, conv2d, parameter
+from .base import PreparedModule, bare, conv2d, parameter
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PreparedConvTranspose(PreparedModule, nn.modules.conv._ConvTransposeNd):
 
     @classmethod
     def prepare(cls, module: Any) -> Self:
-        new: Any = bare(class_for(cls, type(module)))
+        new: Any = bare(cls, module)
         rows, columns = _axes(module)
         # torch has [in, out / groups, kernel], a plain convolution [out, in / groups, kernel].
         weight = module.weight.detach()
@@ -83,8 +83,8 @@ class PreparedConvTranspose(PreparedModule, nn.modules.conv._ConvTransposeNd):
             conv = conv2d(parameter(matrix, like=module.weight), bias, groups=module.groups, dilation=dilation)
             new.convs.append(conv)
         # Outputs that no tap reaches are the bias alone.
-        lonely = any(axis.kernel < axis.stride for axis in (rows, columns)) and module.bias is not None
-        alone = parameter(module.bias.detach().clone(), like=module.bias) if lonely else None
+        lonely: Any = module.bias if any(axis.kernel < axis.stride for axis in (rows, columns)) else None
+        alone = None if lonely is None else parameter(lonely.detach().clone(), like=lonely)
         new.register_parameter("bias_alone", alone)
         return new
 
