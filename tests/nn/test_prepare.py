@@ -351,11 +351,56 @@ def test_prepare_like_refuses_what_does_not_fit_and_changes_nothing() -> None:
         assert type(net.lstm) is nn.LSTM
 
 
+class Doubled(nn.LSTM):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        output, state = super().forward(input * 2, hx)
+        return output + 1, state
+
+
+class Louder(Doubled):
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        return super().forward(input, hx)[0]
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x + super().forward(x, x, x, need_weights=False)[0]
+
+
+class Upsampling(nn.ConvTranspose1d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, output_size=[2 * x.shape[-1] + 1])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: Doubled(4, 6), "lstm"),
+        (lambda: Louder(4, 6), "lstm"),
+        (lambda: SelfAttention(4, 2), "multihead_attention"),
+        (lambda: Upsampling(4, 3, 2, stride=2, output_padding=1), "conv_transpose1d"),
+    ],
+)
+@torch.no_grad()
+def test_a_forward_that_hands_over_to_super_finds_the_prepared_one(make: Any, kind: str) -> None:
+    reference, prepared = both(make(), kind)
+    x, calls = torch.randn(3, 4, 4), []
+    for child in prepared.modules():
+        if type(child) in (nn.Linear, nn.Conv2d):
+            child.register_forward_pre_hook(lambda *_: calls.append(1))
+    same(prepared(x), reference(x))
+    assert calls
+    for child in prepared.modules():
+        child._forward_pre_hooks.clear()
+    for twin in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        same(twin(x), reference(x))
+
+
 @torch.no_grad()
 def test_skip_and_reasons() -> None:
     class Own(nn.LSTM):
         def forward(self, input: Any, hx: Any = None) -> Any:
-            return super().forward(input * 2, hx)
+            return nn.LSTM.forward(self, input * 2, hx)
 
     class Named(nn.GRU):
         def twice(self) -> int:

@@ -172,7 +172,7 @@ class Moody(nn.Conv2d):
 @torch.no_grad()
 def test_what_does_not_suit_is_left_with_a_reason() -> None:
     for module, x, match in (
-        (Standardized(3, 4, 3), torch.randn(IMAGE), "makes other weights of it first"),
+        (Standardized(3, 4, 3), torch.randn(IMAGE), "hands it to no product"),
         (Twofold(6, 4), torch.randn(ROWS), "in another way too"),
         (BothWays(6, 4), torch.randn(ROWS), "in several ways"),
     ):
@@ -286,7 +286,9 @@ def test_experts_that_are_gathered_stay() -> None:
 
     module = Gathered()
     found = prepare(module, run=lambda: module(torch.randn(2, 4, 6)))
-    assert not found.records and found.left == {"up": "its own forward makes other weights of it first"}
+    assert not found.records and found.left == {
+        "up": "its own forward hands it to no product or lookup that a child computes"
+    }
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: nn.Conv2d(3, 4, 3), lambda: nn.Conv1d(3, 4, 3)])
-def test_every_way(way: str, make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("gradient", "frozen"), [(True, False), (False, False), (False, True)])
+def test_every_way(way: str, make: Callable[[], nn.Module], gradient: bool, frozen: bool) -> None:
     def make_model() -> nn.Module:
         net = nn.Sequential(make(), nn.ReLU())
         WAYS[way](net[0])
@@ -43,14 +44,21 @@ def test_every_way(way: str, make: Callable[[], nn.Module]) -> None:
     net = make_model()
     x = torch.randn(2, 6) if isinstance(net[0], nn.Linear) else torch.randn(2, 3, 8, 8)
     x = x[:, :, 0] if isinstance(net[0], nn.Conv1d) else x
-    net(x)  # in training: a spectral norm has taken a step
-    net.eval()
-    expected = net(x).detach()
+    with torch.no_grad():
+        net(x)  # in training: a spectral norm has taken a step
+        expected = net.eval()(x)
     net.train()
-    settled = settle_weights(net)
+    net[0].requires_grad_(not frozen)
+    original = copy.deepcopy(net)
+    with torch.set_grad_enabled(gradient):
+        settled = settle_weights(net)
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad is not frozen for p in net.parameters())
     assert "0.weight" in settled and set(dict(net.named_parameters())) == {"0.weight", "0.bias"}
     assert type(net[0]) in (nn.Linear, nn.Conv2d, nn.Conv1d) and net[0].training and not net[0]._forward_pre_hooks
     assert not settle_weights(net)
+    with torch.no_grad():
+        torch.testing.assert_close(original.eval()(x), expected)  # a copy shares nothing with the one it came from
+    assert settle_weights(original) == settled
     records = prepare(net).records
     with torch.no_grad():
         torch.testing.assert_close(net.eval()(x), expected)

@@ -177,7 +177,11 @@ def _reasons(module: Any, seen: Mapping[str, list[Use | None]], left: Mapping[st
         matrices = isinstance(module, _LAYERS) or (value.ndim == 3 and min(value.shape) > 1)
         if not matrices or key in reasons or any(use is not None for use in uses):
             continue
-        reasons[key] = "its own forward makes other weights of it first" if uses else "the data never reaches it"
+        reasons[key] = (
+            "its own forward hands it to no product or lookup that a child computes"
+            if uses
+            else "the data never reaches it"
+        )
     return reasons
 
 

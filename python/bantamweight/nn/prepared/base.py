@@ -60,7 +60,7 @@ def reason_to_leave(form: type[PreparedModule], module: nn.Module) -> str | None
     held = module._parameters
     if not isinstance(module, base):
         return f"it is a {type(module).__name__}, not a {base.__name__}"
-    if "forward" in vars(module) or type(module).forward is not base.forward:
+    if "forward" in vars(module) or not calls_super(type(module), base):
         return f"its class {type(module).__name__} has a forward of its own"
     if parametrize.is_parametrized(module) or not set(form.parameters_of) <= set(held):
         return "its weights are made anew at every call; make them plain with settle_weights first"
@@ -118,20 +118,33 @@ def conv2d(weight: Tensor, bias: Tensor | None, *, groups: int = 1, **geometry: 
 _subclasses: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
+def calls_super(own: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether every forward between `own` and the torch class `base` is one that hands over to super().forward."""
+    between = own.__mro__[: own.__mro__.index(base)]
+    forwards: list[Any] = [vars(cls)["forward"] for cls in between if "forward" in vars(cls)]
+    names = [set(forward.__code__.co_names) if hasattr(forward, "__code__") else set() for forward in forwards]
+    # torch's lists of parameters are empty in a prepared module.
+    return all({"super", "forward"} <= each and "_flat_weights" not in each for each in names)
+
+
 def class_for(form: type[Any], own: type[nn.Module]) -> type[Any]:
-    """`form` as a subclass of the user's class `own` too, so that its other methods and isinstance keep working."""
+    """`form` as a subclass of the user's class `own` too, so that its other methods and isinstance keep working.
+
+    A forward of the user's own comes first, and finds the prepared one as its super().forward.
+    """
     if issubclass(form, own):
         return form
     if (form, own) not in _subclasses:
-        body = {"__module__": form.__module__, "__reduce_ex__": _reduce, **form.body_for(own)}
-        _subclasses[form, own] = type(f"Prepared{own.__name__}", (form, own), body)
+        body = {"__module__": form.__module__, "__reduce_ex__": _reduce, "_made_of": (form, own), **form.body_for(own)}
+        own_first = "forward" not in body and own.forward is not form.replaces.forward
+        _subclasses[form, own] = type(f"Prepared{own.__name__}", (own, form) if own_first else (form, own), body)
     return _subclasses[form, own]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     # Classes that are made while running have no name to be pickled by; the two that they are made of have.
     own_state: Any = getattr(self, "__getstate__")()  # noqa: B009  (object's, since Python 3.11)
-    return _restore, type(self).__bases__, own_state
+    return _restore, type(self)._made_of, own_state  # type: ignore[attr-defined]
 
 
 def _restore(form: type[Any], own: type[nn.Module]) -> Any:

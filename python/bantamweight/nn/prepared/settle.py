@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import utils
 from torch.nn.utils import parametrize, prune
@@ -79,22 +80,37 @@ def _computed(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _settle(module: Any, tensor: str, kind: str) -> None:
-    with _evaluation(module):
+    # Without gradients torch would take what comes out for a frozen tensor.
+    with _evaluation(module), torch.enable_grad():
+        if kind == "parametrization":
+            _settle_parametrization(module, tensor)
+            return
+        parts = [module._parameters.get(f"{tensor}_{part}") for part in ("orig", "g", "v")]
+        trained = any(part.requires_grad for part in parts if part is not None)
         if kind == "prune":
             prune.remove(module, tensor)
         elif kind == "weight_norm":
             utils.remove_weight_norm(module, tensor)
-        elif kind == "spectral_norm":
+        else:
             utils.remove_spectral_norm(module, tensor)
             _forget_state_hooks(module, tensor)
-        else:
-            # torch takes the tensor's property off the class, which a deep copy shares with what it was copied from.
-            own = type(module)
-            module.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
-            parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
-            value = module._buffers.pop(tensor, None)
-            if value is not None:  # what torch makes of a weight that asks for no gradient
-                module.register_parameter(tensor, nn.Parameter(value, requires_grad=False))
+        module._parameters[tensor].requires_grad_(trained)
+
+
+def _settle_parametrization(module: Any, tensor: str) -> None:
+    _own_class(module)
+    parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+    if tensor not in module._parameters:  # of frozen parts torch leaves a bare tensor
+        value = getattr(module, tensor)
+        delattr(module, tensor)
+        module.register_parameter(tensor, nn.Parameter(value.detach(), requires_grad=False))
+
+
+def _own_class(module: nn.Module) -> None:
+    """torch's removal takes the tensor's property off the class, which deep copies of a parametrized module share."""
+    cls = type(module)
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, body)  # type: ignore[assignment]
 
 
 def _forget_state_hooks(module: Any, tensor: str) -> None:
