@@ -116,6 +116,16 @@ def test_recurrent_trains_as_torch(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
 @torch.no_grad()
+def test_recurrent_on_no_sequences_and_under_autocast(kind: str) -> None:
+    reference, prepared = both(recurrent(kind, 2, True, False, True), kind)
+    assert prepared(torch.randn(4, 0, 5))[0].shape == reference(torch.randn(4, 0, 5))[0].shape == (4, 0, 12)
+    x = torch.randn(4, 2, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(prepared(x)[0].float(), reference(x)[0].float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@torch.no_grad()
 def test_recurrent_refuses_what_torch_refuses(kind: str) -> None:
     reference, prepared = both(recurrent(kind, 1, False, False, True), kind)
     wrong = [

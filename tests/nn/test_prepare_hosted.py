@@ -195,6 +195,25 @@ def test_what_does_not_suit_is_left_with_a_reason() -> None:
 
 
 @torch.no_grad()
+def test_one_odd_module_does_not_cost_the_others_their_child() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(self.w) is not nn.Parameter:
+                raise TypeError("only parameters, please")
+            return x @ self.w
+
+    net = nn.Sequential(Picky(), Scaled(4, 4))
+    x = torch.randn(ROWS)
+    expected = net(x)
+    assert set(prepare(net, run=lambda: net(x)).records) == {"1"}
+    torch.testing.assert_close(net(x), expected)
+
+
+@torch.no_grad()
 def test_another_use_than_the_one_seen_is_served_in_float() -> None:
     reference = Moody(3, 4, 3).eval()
     module = copy.deepcopy(reference)
@@ -243,8 +262,8 @@ class Experts(nn.Module):
             return torch.bmm(x, self.up)
         if self.way == "einsum":
             return torch.einsum("eni,eio->eno", x, self.up)
-        ends = torch.tensor([2, 2, 7], dtype=torch.int32)
-        return F.grouped_mm(x.flatten(0, 1)[:7], self.up.transpose(-2, -1), offs=ends)
+        ends = torch.tensor([64, 64, 190], dtype=torch.int32)
+        return F.grouped_mm(x.flatten(0, 1)[:190], self.up.transpose(-2, -1), offs=ends)
 
 
 WAYS = ["linear", "iterate", "matmul", "bmm", "einsum", "grouped"]
@@ -255,7 +274,7 @@ WAYS = ["linear", "iterate", "matmul", "bmm", "einsum", "grouped"]
 def test_experts(way: str) -> None:
     if way == "grouped" and not hasattr(F, "grouped_mm"):
         pytest.skip("this torch has no grouped_mm")
-    module, x = Experts(way), torch.randn(3, 4, 8)
+    module, x = Experts(way), torch.randn(3, 64, 8)
     twin, expected, weight = copy.deepcopy(module), module(x), module.up.data
     found = prepare(module, run=lambda: module(x))
     assert set(found.records) == {""} and not found.left

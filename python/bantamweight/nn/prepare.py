@@ -142,15 +142,16 @@ def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[], Any] 
     """Observes the modules with a forward of their own, and rewrites those that suit."""
     modules = {name: (module, watched(module)) for name, module in model.named_modules() if not skip(name)}
     modules = {name: (module, names) for name, (module, names) in modules.items() if names and name not in found.left}
-    layers = {name for name, (module, _) in modules.items() if isinstance(module, _LAYERS)}
+    layers = [name for name, (module, _) in modules.items() if isinstance(module, _LAYERS)]
     if run is None or not modules:
         found.left.update({name: "how its own forward uses its weight was not observed; pass run" for name in layers})
         return
-    try:
-        with observed(modules) as seen:
-            run()
-    except Exception as error:  # the user's code meets tensors of another class
-        reason = f"its own forward cannot be observed ({type(error).__name__}: {error})"
+    seen = _seen(modules, run)
+    if isinstance(seen, Exception):  # one odd module must not cost the plain ones their child
+        modules = {name: modules[name] for name in layers}
+        seen = _seen(modules, run)
+    if isinstance(seen, Exception):
+        reason = f"its own forward cannot be observed ({type(seen).__name__}: {seen})"
         found.left.update({name: reason for name in layers})
         return
     for name, (module, _) in modules.items():
@@ -167,6 +168,18 @@ def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[], Any] 
             found.left[name] = str(error)
         else:
             found.records[name] = record
+
+
+def _seen(
+    modules: Mapping[str, tuple[nn.Module, list[str]]], run: Callable[[], Any]
+) -> dict[str, dict[str, list[Use | None]]] | Exception:
+    """What the modules did with their parameters in one run, or what the run raised."""
+    try:
+        with observed(modules) as seen:
+            run()
+    except Exception as error:  # the user's code meets tensors of another class
+        return error
+    return seen
 
 
 def _reasons(module: Any, seen: Mapping[str, list[Use | None]], left: Mapping[str, str]) -> dict[str, str]:

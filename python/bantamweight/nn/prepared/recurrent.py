@@ -182,9 +182,9 @@ class PreparedRNNBase(PreparedModule, nn.RNNBase):
         steps, batch = (x.shape[1], x.shape[0]) if self.batch_first else x.shape[:2]
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        data = (x.transpose(0, 1) if self.batch_first else x).reshape(steps * batch, -1)
+        data = (x.transpose(0, 1) if self.batch_first else x).flatten(0, 1)
         output, state = self._layers(data, self._parts(hx), [batch] * steps)
-        output = output.view(steps, batch, -1)
+        output = output.unflatten(0, (steps, batch))
         output = output.transpose(0, 1) if self.batch_first else output
         if not batched:
             output, state = output.squeeze(0 if self.batch_first else 1), tuple(part.squeeze(1) for part in state)
