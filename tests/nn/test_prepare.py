@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 import warnings
 from typing import Any
@@ -313,6 +314,32 @@ def test_children_quantize_and_pack_as_plain_layers() -> None:
     assert {r.name for r in packed.packing.layers if r.kernel} == set(CHILDREN)
     assert float((packed(x) - expected).norm() / expected.norm()) < 0.08
     same(small.lstm.weight_hh_l0, small.lstm.hidden_l0.weight)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@torch.no_grad()
+def test_a_saved_network_loads_into_a_fresh_prepared_one(device: str, tmp_path: Any) -> None:
+    net = Words().eval()
+    records, x = prepare(net).records, torch.randn(32, 8, 10)
+    packed = bw.pack(bw.quantize(net, bw.GPFQ(bits=4), calibration=x, ignore=["attention.key"], progress=False))
+    bw.save(packed, tmp_path / "words.safetensors")
+    with torch.device(device):
+        fresh = Words()
+    prepare_like(fresh, json.loads(json.dumps(records)))
+    same(bw.load(tmp_path / "words.safetensors", fresh)(x), packed(x))
+
+
+@torch.no_grad()
+def test_an_encoder_of_torch_is_fused_around_its_prepared_attention() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    prepare(net)
+    x = torch.randn(16, 6, 16)
+    packed = bw.pack(bw.quantize(net, bw.GPFQ(bits=8), calibration=x, progress=False))
+    assert len([record for record in packed.packing.layers if record.kernel]) == 12
+    fused = bw.nn.fuse(packed)
+    assert "PackedFFN" in repr(fused)
+    same(fused(x), packed(x), tolerance=1e-4)
 
 
 @torch.no_grad()
