@@ -163,8 +163,8 @@ class HostedModule(PreparedModule):
         else:
             shape = (layer.out_features, layer.in_features)[:: -1 if use.transposed else 1]
         shape = shape if use.experts is None else (use.experts, *shape)
-        weight = layer._parameters.get("weight", layer._buffers.get("weight"))
-        # A packed layer keeps codes only: the dtype is the one that the weight had.
+        weight = getattr(layer, "weight", None)
+        # Where a packed layer has codes only, the dtype is the one that the weight had.
         return (shape, self.dtypes[name], torch.device("cpu")) if weight is None else (shape, *_looks(weight)[1:])
 
 
