@@ -86,7 +86,7 @@ def test_ops_round_trip_and_refuse() -> None:
     assert torch.equal(lowbit_embedding(index, layout, 40), PackedEmbedding(w)(index))
     with pytest.raises(BantamweightError, match="embedding_dim is 41, but must be that of the packed table"):
         lowbit_embedding(index, layout, 41)
-    with pytest.raises(KernelError, match=r"the embedding kernels of this machine are|needs"):
+    with pytest.raises(KernelError, match=r"the embedding kernels of this machine are|^amx: "):
         pack_embedding(w, "amx")  # which no embedding needs
     with pytest.raises(KernelError, match="made by another version"):
         describe_embedding(layout[:100].clone())

@@ -170,7 +170,7 @@ def test_hooks_run() -> None:
         assert torch.equal(layer(x), expected)
         assert seen == (["before", "after"] if index == 0 else ["after"])
     removable[3].remove()
-    assert torch.equal(layer(x=x), plain)
+    assert torch.equal(layer(input=x), plain)
 
 
 def test_a_deep_copy_outlives_the_original() -> None:

@@ -6,7 +6,8 @@ from .fold import fold_batchnorm
 from .fuse import FusionRecord, FusionReport, fuse
 from .fused import PackedChain, PackedFFN, PackedLinears, Stage
 from .layer import QuantizedLayer
-from .packed import PackedConv2d, PackedLayer, PackedLinear
+from .packed import PackedConv2d, PackedLinear
+from .packed_layer import PackedLayer
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
 from .swap import PackedRecord, PackingReport, pack, pack_, unpack
 from .transformer_blocks import FusedBertLayer, FusedEncoderLayer

@@ -10,13 +10,15 @@ from torch.nn import functional as F  # noqa: N812  (the name every torch user k
 
 from .._C import embedding_forward
 from ..errors import BantamweightError, UnsupportedLayerError
+from ..io.bitpack import bits_for
 from ..ops.embedding import check_index, check_lookup, describe_embedding, pack_embedding, unpack_embedding
 from ..weights import QuantizedWeight
-from .packed import PackedLayer
+from .layer import EmbeddingAttributes
+from .packed_layer import PackedLayer
 from .simulated import SimulatedLayer
 
 
-class SimulatedEmbedding(SimulatedLayer):
+class SimulatedEmbedding(EmbeddingAttributes, SimulatedLayer):
     """`nn.Embedding` with the table a QuantizedWeight [num_embeddings, embedding_dim] stands for.
 
     `padding_idx` is kept as torch keeps it for inference: the row is whatever the table holds.
@@ -54,17 +56,18 @@ class SimulatedEmbedding(SimulatedLayer):
             )
         return cls(quantized, padding_idx=embedding.padding_idx)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.weight, self.padding_idx)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.weight, self.padding_idx)
 
     def extra_repr(self) -> str:
         return _extra_repr(self)
 
 
-class PackedEmbedding(PackedLayer):
-    """`nn.Embedding` that gathers rows of 2, 3, 4 or 8-bit codes and dequantizes them to float32.
+class PackedEmbedding(EmbeddingAttributes, PackedLayer):
+    """`nn.Embedding` that gathers rows of 2, 3, 4 or 8-bit codes and dequantizes them.
 
-    Equal to the simulated form to the last bit. `padding_idx` is kept as torch keeps it for inference: the row is
+    Rows are float32, or of the dtype that the model was converted to (`.half()`, `.bfloat16()`). Equal to the simulated
+    form to the last bit. `padding_idx` is kept as torch keeps it for inference: the row is
     whatever the table holds.
 
     Example:
@@ -75,9 +78,9 @@ class PackedEmbedding(PackedLayer):
         torch.Size([1, 2, 4])
     """
 
+    kind = "embedding"
     activation_bits = None
-    num_embeddings: int
-    embedding_dim: int
+    _fixed = PackedLayer._fixed | {"num_embeddings", "embedding_dim"}
 
     def __init__(self, quantized: QuantizedWeight, *, padding_idx: int | None = None) -> None:
         super().__init__(quantized, None)
@@ -95,20 +98,29 @@ class PackedEmbedding(PackedLayer):
         return cls(table, padding_idx=padding_idx)
 
     def pack(self, quantized: QuantizedWeight) -> Tensor:
-        layout = pack_embedding(quantized)
-        self.kernel = describe_embedding(layout).kernel
-        return layout
+        return pack_embedding(quantized)
+
+    def adopt(self, layout: Tensor) -> None:
+        found = describe_embedding(layout)
+        came = (found.num_embeddings, found.embedding_dim, found.bits)
+        if came != (self.rows, self.columns, bits_for(self.levels)):
+            self.refuse_layout("{}x{} codes of {} bits".format(*came))
+        self.kernel = found.kernel
 
     @property
     def quantized(self) -> QuantizedWeight:
         return unpack_embedding(self.layout, self.levels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., embedding_dim], the rows at x, int64 or int32 [...] on the CPU.
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows [..., embedding_dim] at the input, int64 or int32 [...] on the CPU.
 
         Raises:
-            BantamweightError: x is not such a tensor, or holds an index outside the table.
+            BantamweightError: the input is not such a tensor, or holds an index outside the table.
         """
+        rows = self._run(input)
+        return rows if self._dtype is float32 else rows.to(self._dtype)
+
+    def _run(self, x: Tensor) -> Tensor:
         if type(x) is not Tensor or is_compiling() or is_tracing():
             if not isinstance(x, Tensor):
                 check_index(x, self.name_of_layer)  # which says what came
@@ -116,7 +128,7 @@ class PackedEmbedding(PackedLayer):
         # As in PackedLinear: a short sentence takes the kernel a microsecond.
         k, width = self.embedding_dim, 8 if x.dtype is torch.int64 else 4
         if (width == 4 and x.dtype is not torch.int32) or not x.is_contiguous() or not x.is_cpu:
-            return self.forward(check_index(x, self.name_of_layer))
+            return self._run(check_index(x, self.name_of_layer))
         y = empty(*x.shape, k)
         if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
             y = torch.empty((*x.shape, k), dtype=float32, device="cpu")

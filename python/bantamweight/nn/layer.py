@@ -4,15 +4,20 @@ Either form saves ``codes`` (bit-packed), ``scale``, ``zero``, ``grid`` (int64 [
 and ``bias``, so each loads the other's state dict, on any machine.
 """
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the name every torch user knows)
 
 from ..errors import BantamweightError, FormatError
 from ..io.bitpack import pack_codes, unpack_codes
-from ..weights import QuantizedWeight
+from ..weights import ConvGeometry, QuantizedWeight
+from .surgery import become
+
+L = TypeVar("L", bound=nn.Module)
 
 CANONICAL = ("codes", "scale", "zero", "grid")
 
@@ -58,6 +63,7 @@ class QuantizedLayer(nn.Module):
     form: str
     bias: Tensor | None
     scheme: str
+    weight: Any  # as torch's layer has it: a Tensor; of the packed form one that is dequantized when it is used
     rows: int  # of the weight's matrix: output channels
     columns: int  # inputs of a channel
     activation_bits: int | None  # 8 where inputs are rounded as `activations` says
@@ -111,12 +117,70 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
+class Conv2dAttributes:
+    """What models read of an nn.Conv2d beside its tensors, and torch's own operation with them."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    transposed = False
+    output_padding = (0, 0)
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """The arguments in one piece."""
+        return ConvGeometry.of(self)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, self.geometry.sides, mode=self.padding_mode), 0
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _words(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}"
+        )
+
+
+class EmbeddingAttributes:
+    """What models read of an nn.Embedding beside its table. A table of codes has no norm to keep and no gradients."""
+
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    max_norm: float | None = None
+    norm_type = 2.0
+    scale_grad_by_freq = False
+    sparse = False
+
+
+def change_form(layer: nn.Module, form: L) -> L:
+    """`layer` becomes `form` where it is (`surgery.become`); what only its own form needs does not stay."""
+    for kind in type(layer).__mro__:
+        if issubclass(kind, QuantizedLayer):
+            for name in inspect.get_annotations(kind):  # what a class declares is its own, the rest is the user's
+                vars(layer).pop(name, None)
+    return become(layer, form)
+
+
 def check_bias(bias: Tensor | None, out_features: int) -> None:
     """Refuses a bias that is not one finite float a channel."""
     if bias is None:
         return
-    if not isinstance(bias, Tensor) or not bias.is_floating_point() or tuple(bias.shape) != (out_features,):
-        came = f"{bias.dtype} {list(bias.shape)}" if isinstance(bias, Tensor) else f"a {type(bias).__name__}"
+    fits = isinstance(bias, Tensor) and bias.is_floating_point() and tuple(bias.shape) == (out_features,)
+    if not fits or bias.is_meta or bias.layout != torch.strided:
+        came = f"a {type(bias).__name__}"
+        if isinstance(bias, Tensor):
+            where = f" on {bias.device}" if bias.is_meta else ""
+            kind = "" if bias.layout == torch.strided else f"{bias.layout} "
+            came = f"{kind}{bias.dtype} {list(bias.shape)}{where}"
         raise BantamweightError(
             f"bias is {came}, but {out_features} channels need a float tensor [{out_features}] or None"
         )

@@ -1,13 +1,10 @@
-"""The packed form: codes in the layout of one kernel of this machine, run by integer arithmetic.
+"""The packed form: codes in the layout of one kernel of this machine, run by integer arithmetic."""
 
-A packed layer is for inference. It keeps its weight only in the kernel's layout; its state dict and
-the file it is saved to hold the canonical form, so both move between machines.
-"""
-
+from dataclasses import fields
 from typing import Any, Self
 
 import torch
-from torch import Tensor, empty, empty_strided, float32
+from torch import Tensor, empty, empty_strided, float32, nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportPrivateImportUsage]
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
@@ -16,88 +13,12 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from .._C import LinearGroup, conv_forward, linear_forward
 from ..errors import BantamweightError
 from ..io.bitpack import bits_for
-from ..ops.lowbit_conv2d import Conv2dLayout, describe_conv2d, pack_conv2d, run_conv2d, unpack_conv2d
-from ..ops.lowbit_linear import ALIGNMENT, check_input, check_status, describe_linear, pack_linear, unpack_linear
+from ..ops.lowbit_conv2d import Conv2dLayout, describe_conv2d, pack_conv2d, padding_sides, run_conv2d, unpack_conv2d
+from ..ops.lowbit_linear import check_input, check_status, describe_linear, pack_linear, unpack_linear
 from ..ops.quantized_rows import QuantizedRows
 from ..weights import ConvGeometry, QuantizedWeight, pair
-from .layer import QuantizedLayer, check_bias
-
-
-class PackedLayer(QuantizedLayer):
-    """A kernel's layout and a bias, and their addresses as plain ints: a call must cost little more than the kernel."""
-
-    form = "packed"
-    activation_bits = 8
-    layout: Tensor
-    kernel: str
-    levels: int
-    scheme: str
-    _addresses: tuple[int, int, int]  # of the layout, its bytes, of the bias (0 for none)
-
-    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        check_bias(bias, quantized.out_features)
-        self.rows, self.columns = quantized.out_features, quantized.in_features
-        self.register_buffer("layout", None, persistent=False)  # the state dict is QuantizedLayer's work
-        self.register_buffer("bias", None if bias is None else bias.detach().to("cpu", torch.float32, copy=True))
-        self._hold(quantized)
-
-    def _hold(self, quantized: QuantizedWeight) -> None:
-        self.levels, self.scheme = quantized.levels, quantized.scheme
-        self.layout = self.pack(quantized)
-
-    def pack(self, quantized: QuantizedWeight) -> Tensor:
-        """The weight in the layout of the kernel that will run it; sets `kernel`."""
-        raise NotImplementedError
-
-    def set_quantized(self, weight: QuantizedWeight) -> None:
-        self.check_same_shape(weight)
-        self._hold(weight)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("layout", "bias"):
-            self._take_addresses()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # a deep copy has buffers of its own
-        self._take_addresses()
-
-    def _take_addresses(self) -> None:
-        """Addresses for the eager path. The tensors are kept beside them, so no address outlives its memory."""
-        layout, bias = self._buffers.get("layout"), self._buffers.get("bias")
-        if layout is None:
-            return
-        if layout.data_ptr() % ALIGNMENT:
-            self._buffers["layout"] = layout = layout.clone()
-        bias_address = 0 if bias is None else bias.data_ptr()
-        self.__dict__["_kept"] = (layout, bias)
-        self.__dict__["_addresses"] = (layout.data_ptr(), layout.numel(), bias_address)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        device = fn(torch.empty(0)).device
-        if device.type != "cpu":
-            raise BantamweightError(
-                f"{self.name_of_layer} is packed for the CPU and cannot move to {device}; move the float or the "
-                "simulated model (nn.unpack)"
-            )
-        bias = self._buffers["bias"]
-        super()._apply(fn, recurse)
-        # .half() and .double() are for inputs and outputs, which the layer converts; the bias stays float32.
-        if bias is not None and self._buffers["bias"].dtype != torch.float32:  # type: ignore[union-attr]
-            self._buffers["bias"] = bias
-        self._take_addresses()
-        return self
-
-    def refuse_gradient(self) -> None:
-        raise BantamweightError(
-            f"{self.name_of_layer} is for inference, but the input requires a gradient; call it under torch.no_grad() "
-            "or train the simulated form (nn.unpack)"
-        )
-
-    def describe(self) -> str:
-        inputs = "" if self.activations == "int8" else f", {self.activations} inputs"
-        return f"bias={self.bias is not None}, packed {self.scheme} {self.kernel}{inputs}"
+from .layer import Conv2dAttributes
+from .packed_layer import PackedLayer
 
 
 class PackedLinear(PackedLayer):
@@ -114,9 +35,16 @@ class PackedLinear(PackedLayer):
         torch.Size([4, 8])
     """
 
+    kind = "linear"
     out_features: int
     in_features: int
     stored_bits: float  # of a code in `layout`, which the kernel chooses by size: 4 for 3, 5/3 for ternary
+    _fixed = PackedLayer._fixed | {"out_features", "in_features", "activations"}
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "forward" in vars(cls):  # which the way past nn.Module below would not see
+            cls.__call__ = nn.Module.__call__  # type: ignore[method-assign]
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None, *, activations: str = "int8") -> None:
         self.__dict__["activations"] = activations
@@ -134,48 +62,57 @@ class PackedLinear(PackedLayer):
         return cls(weight, bias, activations=activations)
 
     def pack(self, quantized: QuantizedWeight) -> Tensor:
-        layout = pack_linear(quantized, activations=self.activations)
+        return pack_linear(quantized, activations=self.activations)
+
+    def adopt(self, layout: Tensor) -> None:
         found = describe_linear(layout)
+        came = (found.out_features, found.in_features, found.bits, found.activations)
+        if came != (self.rows, self.columns, bits_for(self.levels), self.activations):
+            self.refuse_layout("{}x{} codes of {} bits for {} inputs".format(*came))
         self.kernel, self.stored_bits = found.kernel, found.stored_bits
-        return layout
 
     @property
     def quantized(self) -> QuantizedWeight:
         return unpack_linear(self.layout, self.levels)
 
-    def __call__(self, x: Tensor | QuantizedRows) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __call__(self, input: Tensor | QuantizedRows) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As nn.Module's, which takes 0.5 us to find that there is nothing but `forward` to call: a tenth of a layer.
 
         Whatever else there is (hooks, a tracer, torch.compile, whose ways go through nn.Module's) is left to it; no
         backward hook is due, because no gradient passes a packed layer.
         """
         if (
-            type(x) is not Tensor
+            type(input) is not Tensor
             or self._forward_hooks
             or self._forward_pre_hooks
             or _global_forward_hooks
             or _global_forward_pre_hooks
             or self._compiled_call_impl is not None
+            or "forward" in self.__dict__
             or is_compiling()
             or _get_tracing_state()
         ):
-            return super().__call__(x)
-        return self.forward(x)
+            return super().__call__(input)
+        return self._run(input)
 
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """y [..., out] in the dtype of x [..., in]: float32, bfloat16 or float16 on the CPU; float32 for rounded rows.
+    def forward(self, input: Tensor | QuantizedRows) -> Tensor:
+        """y [..., out] in the dtype of the input [..., in]: float32, bfloat16 or float16 on the CPU; float32 for rounded
+        rows.
 
         Raises:
-            BantamweightError: x is not such a tensor, requires a gradient, or holds NaN or infinity.
+            BantamweightError: the input is not such a tensor, requires a gradient, or holds NaN or infinity.
         """
-        if type(x) is not Tensor or is_compiling() or _get_tracing_state():
-            return self._forward_rows(x) if isinstance(x, QuantizedRows) else self._forward_op(x)
+        if type(input) is not Tensor or is_compiling() or _get_tracing_state():
+            return self._forward_rows(input) if isinstance(input, QuantizedRows) else self._forward_op(input)
+        return self._run(input)
+
+    def _run(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             self.refuse_gradient()
         # From here to the kernel every line is counted in tens of nanoseconds.
         n, k, shape = self.out_features, self.in_features, x.shape
         if x.dtype is not float32 or not x.is_contiguous() or not x.is_cpu or not shape or shape[-1] != k:
-            return self.forward(check_input(x.detach(), k, self.name_of_layer)).to(x.dtype)
+            return self._run(check_input(x.detach(), k, self.name_of_layer)).to(x.dtype)
         if len(shape) == 2:
             m = shape[0]
             y = empty(m, n)
@@ -184,7 +121,11 @@ class PackedLinear(PackedLayer):
             y = empty((*shape[:-1], n))
         if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
             y = torch.empty((*shape[:-1], n), dtype=float32, device="cpu")
-        layout, layout_bytes, bias = self._addresses
+        layout, layout_bytes, bias = self._at
+        held = self._buffers
+        # `_addresses`, without the call.
+        if held["layout"].data_ptr() != layout or (0 if (b := held["bias"]) is None else b.data_ptr()) != bias:  # type: ignore
+            layout, layout_bytes, bias = self._addresses
         status = linear_forward(layout, layout_bytes, x.data_ptr(), k, m, bias, y.data_ptr(), n)
         if status:
             check_status(status, self.name_of_layer)
@@ -212,8 +153,12 @@ class PackedLinear(PackedLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}{stored}"
 
 
-class PackedConv2d(PackedLayer):
-    """`nn.Conv2d` on a low-bit kernel; outputs are channels last.
+class PackedConv2d(Conv2dAttributes, PackedLayer):
+    """`nn.Conv2d` on a low-bit kernel.
+
+    The kernel writes channels last, and a channels-last input keeps that, as in torch; for any other input the output is
+    copied to be contiguous, so that ``.view(n, -1)`` works behind it (16 maps of 64x56x56: some 4 ms; free where the map
+    is one pixel or one channel). Run networks of convolutions in ``torch.channels_last``, or fused (`nn.fuse`).
 
     Inputs are rounded to int8 image by image, those of a 1x1 convolution without padding pixel by pixel; those of a
     depthwise convolution stay float.
@@ -227,6 +172,8 @@ class PackedConv2d(PackedLayer):
         torch.Size([2, 8, 10, 10])
     """
 
+    kind = "conv2d"
+    _fixed = PackedLayer._fixed | {"out_channels", *(argument.name for argument in fields(ConvGeometry))}
     _described: Conv2dLayout
     _sizes: tuple[int, int, int, int, int]
 
@@ -246,7 +193,6 @@ class PackedConv2d(PackedLayer):
         self.in_channels, self.out_channels, self.groups = in_channels, quantized.out_features, groups
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.dilation, self.padding_mode = dilation, padding_mode
-        self.geometry = ConvGeometry.of(self)
         self.geometry.check(quantized)
         super().__init__(quantized, bias)
 
@@ -288,7 +234,7 @@ class PackedConv2d(PackedLayer):
 
     def pack(self, quantized: QuantizedWeight) -> Tensor:
         geometry = self.geometry
-        layout = pack_conv2d(
+        return pack_conv2d(
             quantized,
             in_channels=geometry.in_channels,
             kernel_size=geometry.kernel_size,
@@ -297,33 +243,62 @@ class PackedConv2d(PackedLayer):
             dilation=geometry.dilation,
             groups=geometry.groups,
         )
-        found = self._described = describe_conv2d(layout)
-        self.kernel = found.kernel
+
+    def adopt(self, layout: Tensor) -> None:
+        found, asked = describe_conv2d(layout), self.geometry
+        padding = asked.padding if asked.padding_mode == "zeros" else (0, 0)
+        expected = Conv2dLayout(
+            in_channels=asked.in_channels,
+            out_channels=self.rows,
+            kernel_size=asked.kernel_size,
+            stride=asked.stride,
+            padding=padding_sides(padding, asked.kernel_size, asked.dilation),
+            dilation=asked.dilation,
+            groups=asked.groups,
+            bits=bits_for(self.levels),
+            group_size=found.group_size,
+            kernel=found.kernel,
+        )
+        if found != expected:
+            self.refuse_layout(str(found))
+        self._described, self.kernel = found, found.kernel
         # The output's height is (height + extra) // stride, and so is its width.
         extra_h, extra_w = (
             sum(found.padding[2 * i : 2 * i + 2]) - found.dilation[i] * (found.kernel_size[i] - 1) - 1 + found.stride[i]
             for i in (0, 1)
         )
         self._sizes = (found.in_channels, extra_h, found.stride[0], extra_w, found.stride[1])
-        return layout
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.rows, self.in_channels // self.groups, *self.kernel_size)
 
     @property
     def quantized(self) -> QuantizedWeight:
         return unpack_conv2d(self.layout, self.levels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y [n, out_channels, h', w'] in the dtype of x [n, in_channels, h, w] (or both without n).
+    def forward(self, input: Tensor) -> Tensor:
+        """y [n, out_channels, h', w'] in the dtype of the input [n, in_channels, h, w] (or both without n).
 
         Raises:
-            BantamweightError: x is not a float32, bfloat16 or float16 tensor on the CPU, is smaller than the kernel,
-                requires a gradient, or holds NaN or infinity.
+            BantamweightError: the input is not a float32, bfloat16 or float16 tensor on the CPU, is smaller than the
+                kernel, requires a gradient, or holds NaN or infinity.
         """
-        if self.padding_mode != "zeros":
-            x = pad(x, self.geometry.sides, mode=self.padding_mode)
+        if self.padding_mode == "zeros":
+            y = self._run(input)
+        else:
+            y = self._run(pad(input, self.geometry.sides, mode=self.padding_mode))
+        strides = input.stride()
+        # Channels last where a step to the next channel is shorter than one to the next column.
+        return y if strides[-3] < strides[-1] and not input.is_contiguous() else y.contiguous()
+
+    def _run(self, x: Tensor) -> Tensor:
+        """The output channels last."""
         if type(x) is not Tensor or is_compiling() or _get_tracing_state():
             return self._forward_op(x)
         if x.requires_grad and torch.is_grad_enabled():
             self.refuse_gradient()
+        layout, layout_bytes, bias = self._addresses
         # As in PackedLinear: a small image takes the kernel a few microseconds.
         shape, (channels, extra_h, stride_h, extra_w, stride_w) = x.shape, self._sizes
         if len(shape) != 4 or shape[1] != channels or x.dtype is not float32 or not x.is_cpu:
@@ -336,7 +311,6 @@ class PackedConv2d(PackedLayer):
         y = empty_strided(size, strides)
         if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
             y = empty_strided(size, strides, dtype=float32, device="cpu")
-        layout, layout_bytes, bias = self._addresses
         status = conv_forward(layout, layout_bytes, x.data_ptr(), images, h, w, *x.stride(), bias, y.data_ptr())
         if status:
             check_status(status, self.name_of_layer)
@@ -359,7 +333,4 @@ class PackedConv2d(PackedLayer):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, {self.describe()}"
-        )
+        return f"{self._words()}, {self.describe()}"

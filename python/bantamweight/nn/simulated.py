@@ -14,7 +14,7 @@ from ..errors import BantamweightError
 from ..io.bitpack import pack_codes, unpack_codes
 from ..ops.lowbit_linear import BLOCK, check_activations
 from ..weights import ConvGeometry, QuantizedWeight, conv_weight
-from .layer import QuantizedLayer, check_bias
+from .layer import Conv2dAttributes, QuantizedLayer, check_bias
 
 
 class _RoundToInt8(torch.autograd.Function):
@@ -106,6 +106,8 @@ class SimulatedLayer(QuantizedLayer):
     scale: Tensor
     zero: Tensor
     weight: Tensor
+    levels: int
+    group_size: int
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, activation_bits: int | None) -> None:
         super().__init__()
@@ -147,10 +149,15 @@ class SimulatedLayer(QuantizedLayer):
         self._hold(weight.to(self.codes.device), self.weight.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # .half() or .double() convert the cached weight and the bias; the scales stay float32, exact.
-        scale, zero = self.scale, self.zero
+        # .half() or .double() convert the cached weight and the bias; the codes and the scales stay as they are, exact.
+        codes, scale, zero, dtype = self.codes, self.scale, self.zero, self.weight.dtype
         super()._apply(fn, recurse)
-        self.scale, self.zero = scale.to(self.codes.device), zero.to(self.codes.device)
+        device = self.codes.device
+        if self.codes.dtype != torch.uint8:
+            self.codes = codes.to(device)
+        self.scale, self.zero = scale.to(device), zero.to(device)
+        if self.weight.dtype.itemsize > dtype.itemsize and not self.codes.is_meta:  # what was rounded comes back
+            self.weight = self.shape_weight(self.quantized.dequantize()).to(self.weight.dtype)
         return self
 
     def describe(self) -> str:
@@ -207,16 +214,16 @@ class SimulatedLinear(SimulatedLayer):
             )
         return cls(quantized, linear.bias if bias is None else bias, activation_bits=activation_bits)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            x = simulate_activations(x, self.activations, self.group_size)
-        return F.linear(x, self.weight, self.bias)
+            input = simulate_activations(input, self.activations, self.group_size)
+        return F.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.describe()}"
 
 
-class SimulatedConv2d(SimulatedLayer):
+class SimulatedConv2d(Conv2dAttributes, SimulatedLayer):
     """`nn.Conv2d` with the weight a QuantizedWeight stands for; its codes are channels last (`weights.conv_matrix`)."""
 
     def __init__(
@@ -236,7 +243,6 @@ class SimulatedConv2d(SimulatedLayer):
         self.in_channels, self.out_channels, self.groups = in_channels, quantized.out_features, groups
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.dilation, self.padding_mode = dilation, padding_mode
-        self.geometry = ConvGeometry.of(self)
         self.geometry.check(quantized)
         super().__init__(quantized, bias, activation_bits)
 
@@ -269,16 +275,10 @@ class SimulatedConv2d(SimulatedLayer):
     def shape_weight(self, matrix: Tensor) -> Tensor:
         return conv_weight(matrix, *self.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            x = simulate_int8(x, self.geometry.rounded_together(self.out_channels))
-        if self.padding_mode == "zeros":
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        x = F.pad(x, self.geometry.sides, mode=self.padding_mode)
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+            input = simulate_int8(input, self.geometry.rounded_together(self.out_channels))
+        return self._conv_forward(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding!r}, dilation={self.dilation}, groups={self.groups}, {self.describe()}"
-        )
+        return f"{self._words()}, {self.describe()}"

@@ -2,18 +2,20 @@
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import BantamweightError
 from ..ops.lowbit_linear import check_activations
 from ..patterns import fits
 from .embedding import PackedEmbedding, SimulatedEmbedding
-from .layer import QuantizedLayer
-from .packed import PackedConv2d, PackedLayer, PackedLinear
+from .layer import QuantizedLayer, change_form
+from .packed import PackedConv2d, PackedLinear
+from .packed_layer import PackedLayer
 from .simulated import SimulatedConv2d, SimulatedLayer, SimulatedLinear
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,10 @@ def pack(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
 
 
 def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
-    """Turns every simulated layer into its packed form, in place; returns the model (a lone layer's new form).
+    """Turns every simulated layer into its packed form, in place; returns the model.
+
+    Every layer stays the same object with its hooks and the attributes that were put on it, so a list, a closure or
+    another module that holds it runs the packed form too.
 
     A layer that no kernel takes stays simulated; ``model.packing`` (a PackingReport) says which and why. What is
     packed is for inference: no parameter requires a gradient any more, so the model also runs outside
@@ -79,23 +84,22 @@ def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
     wanted = _activations_by_layer(model, activations)
     records: list[PackedRecord] = []
     reads_weight = _layers_whose_weight_is_read(model)
-
-    def packed_form(name: str, layer: QuantizedLayer) -> nn.Module:
-        form, reason = layer, None
+    for name, layer in _quantized_layers(model):
+        mode, scheme, reason = wanted.get(id(layer), layer.activations), layer.scheme, None
         if id(layer) in reads_weight:
             reason = "the module above it reads its float weight"
-        elif isinstance(layer, SimulatedLayer) or wanted.get(id(layer), layer.activations) != layer.activations:
+        elif is_parametrized(layer):
+            reason = "torch.nn.utils.parametrize changes its tensors"
+        elif isinstance(layer, SimulatedLayer) or mode != layer.activations:
             try:
-                form = _packed(layer, wanted.get(id(layer), layer.activations))
+                change_form(layer, _packed(layer, mode))
             except BantamweightError as error:
                 reason = str(error)
         if reason is not None:
             log.info("%s stays simulated: %s", name or type(layer).__name__, reason)
-        kernel = form.kernel if isinstance(form, PackedLayer) else None
-        records.append(PackedRecord(name=name, scheme=layer.scheme, kernel=kernel, reason=reason))
-        return form
-
-    model = _replace(model, packed_form).requires_grad_(False)
+        kernel = layer.kernel if isinstance(layer, PackedLayer) else None
+        records.append(PackedRecord(name=name, scheme=scheme, kernel=kernel, reason=reason))
+    model.requires_grad_(False)
     _leave_fast_paths(model)
     setattr(model, "packing", PackingReport(layers=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
     return model
@@ -108,10 +112,10 @@ def unpack(model: M) -> M:
     parameter that is left can be trained.
     """
 
-    def simulated_form(name: str, layer: QuantizedLayer) -> nn.Module:
-        return _simulated(layer) if isinstance(layer, PackedLayer) else layer
-
-    model = _replace(copy.deepcopy(model), simulated_form)
+    model = copy.deepcopy(model)
+    for _, layer in _quantized_layers(model):
+        if isinstance(layer, PackedLayer):
+            change_form(layer, _simulated(layer))
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     if hasattr(model, "packing"):
@@ -147,33 +151,27 @@ def _activations_by_layer(model: nn.Module, activations: str | Mapping[str, str]
 
 def _packed(layer: QuantizedLayer, activations: str) -> PackedLayer:
     if isinstance(layer, SimulatedConv2d):
-        return PackedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
-    if isinstance(layer, SimulatedEmbedding):
-        return PackedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
-    return PackedLinear(layer.quantized, layer.bias, activations=activations)
+        packed = PackedConv2d(layer.quantized, layer.bias, **vars(layer.geometry))
+    elif isinstance(layer, SimulatedEmbedding):
+        packed = PackedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
+    else:
+        packed = PackedLinear(layer.quantized, layer.bias, activations=activations)
+    return packed.to(dtype=layer.weight.dtype)
 
 
 def _simulated(layer: PackedLayer) -> SimulatedLayer:
     if isinstance(layer, PackedConv2d):
-        return SimulatedConv2d(layer.quantized, layer.bias, activation_bits=8, **vars(layer.geometry))
-    if isinstance(layer, PackedEmbedding):
-        return SimulatedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
-    return SimulatedLinear(layer.quantized, layer.bias, activation_bits=8, activations=layer.activations)
+        simulated = SimulatedConv2d(layer.quantized, layer.bias, activation_bits=8, **vars(layer.geometry))
+    elif isinstance(layer, PackedEmbedding):
+        simulated = SimulatedEmbedding(layer.quantized, padding_idx=layer.padding_idx)
+    else:
+        simulated = SimulatedLinear(layer.quantized, layer.bias, activation_bits=8, activations=layer.activations)
+    return simulated.to(dtype=layer.weight.dtype)
 
 
-def _replace(model: M, form_of: Callable[[str, QuantizedLayer], nn.Module]) -> M:
-    """Puts form_of(name, layer) in the place of every quantized layer; a layer used twice is asked for once."""
-    forms: dict[int, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, QuantizedLayer):
-            continue
-        if id(module) not in forms:
-            forms[id(module)] = form_of(name, module).train(module.training)
-        if not name:
-            return forms[id(module)]  # type: ignore[return-value]  # the model is the layer
-        parent_name, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), own_name, forms[id(module)])
-    return model
+def _quantized_layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+    """With their first names; a layer used twice comes once."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
 
 
 def _layers_whose_weight_is_read(model: nn.Module) -> set[int]:

@@ -138,7 +138,7 @@ def check_lookup(status: int, index: Tensor, rows: int, name: str) -> None:
 
 
 def _embedding_cpu(index: Tensor, layout: Tensor, embedding_dim: int) -> Tensor:
-    found = describe_embedding(layout.contiguous())
+    found = describe_embedding(layout)
     name = f"lowbit_embedding {found.num_embeddings}x{found.embedding_dim}"
     if embedding_dim != found.embedding_dim:
         raise BantamweightError(f"{name}: embedding_dim is {embedding_dim}, but must be that of the packed table")

@@ -1,0 +1,117 @@
+"""The weight of a packed layer as models read it: a tensor that is dequantized once something is computed with it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import BantamweightError
+from ..ops.embedding import unpack_embedding
+from ..ops.lowbit_conv2d import unpack_conv2d
+from ..ops.lowbit_linear import LIBRARY, unpack_linear
+from ..weights import conv_weight
+
+_UNPACK = {"linear": unpack_linear, "conv2d": unpack_conv2d, "embedding": unpack_embedding}
+
+
+class LazyWeight(Tensor):
+    """A tensor that knows its shape and dtype, and computes its values whenever an operation wants them.
+
+    Models ask a layer's weight for its dtype at every call, which must cost nothing; some also compute with it, which
+    must be right. A view stays lazy; every other operation takes and gives plain tensors. It cannot be changed in
+    place, because the codes that it stands for would not follow.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    values: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, values: Callable[[], Tensor], like: Tensor) -> "LazyWeight":
+        """The tensor that `values` computes; `like` has its shape, strides and dtype, on any device."""
+        self = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+            cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device="cpu"
+        )
+        self.values = values
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        arguments = func._schema.arguments
+        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        written = [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
+        if any(isinstance(leaf, cls) for name in written for leaf in tree_leaves(given.get(name))):
+            _refuse_change()
+        with torch.no_grad():
+            if func.is_view or func is torch.ops.aten.alias.default:
+                shapes = tree_map_only(cls, _on_meta, (args, kwargs))
+                like = func(*shapes[0], **shapes[1])
+                if isinstance(like, Tensor):
+                    return cls(lambda: func(*_computed(args), **_computed(kwargs)), like)
+            return func(*_computed(args), **_computed(kwargs))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _refuse_change()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.values().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.values().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # nothing can change it
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyWeight({list(self.shape)}, {self.dtype})"
+
+
+def lazy_weight(layout: Tensor, kind: str, levels: int, shape: Sequence[int], dtype: torch.dtype) -> LazyWeight:
+    """The weight in a packed layout.
+
+    Args:
+        layout: of `ops.pack_linear`, `ops.pack_conv2d` or `ops.pack_embedding`.
+        kind: "linear", "conv2d" or "embedding".
+        levels: as in the weight that was packed.
+        shape: of the layer's weight, [out, in], [out, in / groups, kh, kw] or [rows, columns].
+        dtype: that the weight has.
+    """
+    like = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return LazyWeight(lambda: dequantized(layout, kind, levels, shape, dtype), like)
+
+
+def dequantized(layout: Tensor, kind: str, levels: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The same as a plain tensor."""
+    matrix = _UNPACK[kind](layout, levels).dequantize()
+    weight = conv_weight(matrix, shape[2], shape[3]) if kind == "conv2d" else matrix
+    return weight.to(dtype)
+
+
+def _computed(values: Any) -> Any:
+    return tree_map_only(LazyWeight, lambda weight: weight.values(), values)
+
+
+def _on_meta(weight: Tensor) -> Tensor:
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
+
+
+def _refuse_change() -> None:
+    raise BantamweightError(
+        "the weight of a packed layer is computed from its codes and cannot be changed in place; change the simulated "
+        "form (nn.unpack), or clone the weight first"
+    )
+
+
+def _weight_fake(layout: Tensor, kind: str, levels: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return layout.new_empty(tuple(shape), dtype=dtype)
+
+
+# A graph that only asks for the dtype drops the operation again.
+LIBRARY.define("lowbit_weight(Tensor layout, str kind, int levels, int[] shape, ScalarType dtype) -> Tensor")
+LIBRARY.impl("lowbit_weight", dequantized, "CPU")
+torch.library.register_fake("bantamweight::lowbit_weight", _weight_fake, lib=LIBRARY)
