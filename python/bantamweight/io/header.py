@@ -57,6 +57,7 @@ class ModelHeader:
         same_layer: a second name of a layer that the model uses twice -> the name in `layers`.
         same_tensor: a second name of a tied tensor -> the name in the file.
         folded: BatchNorm that was folded away -> the layer it was folded into.
+        prepared: module -> what was done to it before it was quantized, as `nn.prepare` repeats it.
         quantization: what the quantizer reported, less what the records in `layers` say.
         extra: what the caller of `save` added.
     """
@@ -66,6 +67,7 @@ class ModelHeader:
     same_layer: dict[str, str] = field(default_factory=dict)
     same_tensor: dict[str, str] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
+    prepared: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -95,6 +97,10 @@ class ModelHeader:
             same_layer=check.names(raw.get("same_layer", {}), "same_layer"),
             same_tensor=check.names(raw.get("same_tensor", {}), "same_tensor"),
             folded=check.names(raw.get("folded", {}), "folded"),
+            prepared={
+                name: check.mapping(done, f"prepared[{name!r}]")
+                for name, done in check.mapping(raw.get("prepared", {}), "prepared").items()
+            },
             quantization=check.mapping(raw.get("quantization", {}), "quantization"),
             extra=check.mapping(raw.get("extra", {}), "extra"),
         )

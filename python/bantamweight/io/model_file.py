@@ -7,24 +7,28 @@ JSON header (`ModelHeader`).
 
 import math
 import os
-from collections.abc import Iterable
+from collections import OrderedDict
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import BantamweightError, FormatError
 from ..nn.embedding import PackedEmbedding, SimulatedEmbedding
-from ..nn.layer import QuantizedLayer
+from ..nn.layer import QuantizedLayer, change_form
+from ..nn.prepare import prepare_like
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
+from ..nn.surgery import become, replace
 from ..nn.swap import pack_
 from ..weights import ConvGeometry, QuantizedWeight
 from .atomic import write_atomically
 from .bitpack import pack_codes, packing_for, unpack_codes
 from .header import FORMAT_VERSION, METADATA_KEY, LayerRecord, ModelHeader
+from .model_tensors import make_writable, plain_tensor, refuse_meta
+from .reader import Reader
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,8 +44,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
         extra: JSON-like values to keep in the header, `read_header(path).extra`.
 
     Raises:
-        BantamweightError: the model holds no quantized layer, or something that is no tensor; or the file cannot be
-            written (then a file that was there is as before).
+        BantamweightError: the model holds no quantized layer, or something that is no tensor or that a file cannot hold
+            (complex128, sparse, on the meta device); or the file cannot be written (then a file that was there is as
+            before).
     """
     layers, same_layer = _quantized_layers(model)
     if not layers:
@@ -70,32 +75,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
         tensors |= {_join(name, part): held[part] for part in record.tensors()}
         records[name] = record
 
-    same_tensor: dict[str, str] = {}
-    seen: dict[tuple[Any, ...], str] = {}
-    inside = [_join(name, "") for name in (*layers, *same_layer)]
-    for name, value in model.state_dict().items():
-        if name.startswith(tuple(inside)):
-            continue
-        if not isinstance(value, Tensor):
-            raise BantamweightError(
-                f"{name} of the model's state dict is a {type(value).__name__}, but a model file holds tensors only; "
-                "keep it out of the state dict, or pass it as extra"
-            )
-        identity = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() > 0 and seen.setdefault(identity, name) != name:
-            same_tensor[name] = seen[identity]
-        else:
-            tensors[name] = value
+    rest, same_tensor = _rest_of(model, [_join(name, "") for name in (*layers, *same_layer)])
+    tensors |= rest
     header = ModelHeader(
         format_version=FORMAT_VERSION,
         layers=records,
         same_layer=same_layer,
         same_tensor=same_tensor,
         folded=dict(getattr(model, "folded_batchnorms", {})),
+        prepared=_plain(getattr(model, "prepared", {})),
         quantization=_report_of(model),
         extra=_plain(extra or {}),
     )
-    whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    whole = {name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     write_atomically(path, safetensors_bytes(whole, {METADATA_KEY: header.to_json()}))
 
 
@@ -104,15 +96,16 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
 
     Args:
         path: a file that `save` wrote, on this machine or another.
-        model: what make_model() gives, with any weights or on the meta device; it is changed in place.
+        model: what make_model() gives, with any weights or on the meta device; it is changed in place. Every layer
+            stays the same object, with its hooks, and keeps its dtype: a bfloat16 model runs in bfloat16.
         form: "packed" to run on kernels, "simulated" for float arithmetic on dequantized weights.
 
     Returns:
-        The model in eval mode (a new module where the model is itself one quantized layer).
+        The model in eval mode. It owns its memory: the file may go.
 
     Raises:
-        FormatError: the file is missing, damaged, hostile, newer than this version, or another model's. The model
-            is then as before.
+        FormatError: the file is missing, damaged, hostile, newer than this version, or another model's; or a tensor
+            would stay on the meta device, because no file holds it. The model is then as before.
 
     Example:
         >>> import bantamweight as bw
@@ -125,32 +118,38 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
     """
     if form not in ("packed", "simulated"):
         raise BantamweightError(f"form is {form!r}, but must be 'packed' or 'simulated'")
-    with _Reader(path) as file:
+    with Reader(path) as file:
         header = file.header
-        replaced = {name: _target(model, name, record, path) for name, record in header.layers.items()}
-        for second, first in header.same_layer.items():
-            replaced[second] = _target(model, second, header.layers[first], path)
+        prepare_like(model, header.prepared)
+        targets = _targets(model, header, path)
         expected = _expected_rest(model, header, path)
+        refuse_meta(model, {*expected, *header.same_tensor}, {*targets, *header.folded}, path)
         file.check_names([*expected, *(_join(n, part) for n, r in header.layers.items() for part in r.tensors())])
         for name, value in expected.items():
             file.check_like(name, value)
         layers = {name: _read_layer(file, name, record) for name, record in header.layers.items()}
         rest = {name: file.tensor(name) for name in expected}
 
-    for second, first in header.same_tensor.items():
-        rest[second] = rest[first]
-    on_meta = any(value.is_meta for value in model.state_dict().values())  # nothing there to copy into
+    rest |= {second: rest[first] for second, first in header.same_tensor.items()}
+    state = OrderedDict(rest)
+    # What modules that count versions of their state read: without it they take a file for an old one.
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
     for norm, into in header.folded.items():
-        _put(model, norm, nn.Identity())
+        become(model.get_submodule(norm), nn.Identity())
         module: Any = model.get_submodule(into)
-        if into not in replaced and module.bias is None:
+        if into not in targets and module.bias is None:
             module.bias = nn.Parameter(torch.zeros_like(module.weight.detach()[:, 0].flatten(1)[:, 0]))
-    model.load_state_dict(
-        rest, strict=False, assign=on_meta
-    )  # the names were checked, both ways, before anything changed
-    for name in replaced:
-        model = _put(model, name, layers[header.same_layer.get(name, name)])
-    setattr(model, "folded_batchnorms", dict(header.folded))  # noqa: B010  (nn.Module types attributes as tensors)
+    make_writable(model, set(targets.values()))
+    model.load_state_dict(state, strict=False)  # the names were checked, both ways, before anything changed
+    for name, layer in layers.items():
+        old = targets[name].weight
+        change_form(targets[name], layer.to(device="cpu" if old.is_meta else old.device, dtype=old.dtype))
+    for second, first in header.same_layer.items():
+        if targets[second] is not targets[first]:
+            model = replace(model, targets[second], targets[first])  # type: ignore[assignment]
+    if header.prepared:
+        setattr(model, "prepared", dict(header.prepared))  # noqa: B010  (nn.Module types attributes as tensors)
+    setattr(model, "folded_batchnorms", dict(header.folded))  # noqa: B010
     setattr(model, "quantization", dict(header.quantization))  # noqa: B010
     return (pack_(model) if form == "packed" else model).eval()
 
@@ -161,73 +160,11 @@ def read_header(path: str | os.PathLike[str]) -> ModelHeader:
     Raises:
         FormatError: as `load`.
     """
-    with _Reader(path) as file:
+    with Reader(path) as file:
         return file.header
 
 
-class _Reader:
-    """A safetensors file opened with suspicion: every read checks the dtype and the shape first."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
-
-    def __enter__(self) -> "_Reader":
-        if not os.path.isfile(self.path):
-            raise FormatError(f"{self.path} is not a file; pass the path of a model file that save wrote")
-        try:
-            self.file = safe_open(os.fspath(self.path), framework="pt", device="cpu")
-            self.file.__enter__()
-            metadata = self.file.metadata() or {}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise FormatError(
-                f"{self.path} cannot be read as a safetensors file ({error}); it is cut short, damaged or of another "
-                "kind, get a whole copy"
-            ) from None
-        if METADATA_KEY not in metadata:
-            self.__exit__(None, None, None)
-            raise FormatError(
-                f"{self.path} is a safetensors file without a {METADATA_KEY} header; pass one that bantamweight saved, "
-                "or load a float checkpoint with safetensors.torch.load_file"
-            )
-        self.header = ModelHeader.from_json(metadata[METADATA_KEY], self.path)
-        self.names = set(self.file.keys())
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.file.__exit__(*exc_info)
-
-    def check_names(self, expected: Iterable[str]) -> None:
-        wanted = set(expected)
-        for names, what in ((wanted - self.names, "lacks"), (self.names - wanted, "has")):
-            if names:
-                others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                rest = "which the model needs" if what == "lacks" else "which the model does not know"
-                raise FormatError(
-                    f"{self.path} {what} {min(names)!r}{others}, {rest}; pass the make_model() it was saved from"
-                )
-
-    def check(self, name: str, dtype: str, shape: list[int]) -> None:
-        found = self.file.get_slice(name)
-        if found.get_dtype() != dtype or found.get_shape() != shape:
-            raise FormatError(
-                f"{self.path}: {name!r} is {found.get_dtype()} {found.get_shape()}, but its header calls for {dtype} "
-                f"{shape}; the file is damaged, get a whole copy"
-            )
-
-    def check_like(self, name: str, value: Tensor) -> None:
-        found = self.file.get_slice(name)
-        is_float = "F" in found.get_dtype()  # F64, F32, F16, BF16, F8_*
-        if is_float != value.is_floating_point() or found.get_shape() != list(value.shape):
-            raise FormatError(
-                f"{self.path}: {name!r} is {found.get_dtype()} {found.get_shape()}, but the model has {value.dtype} "
-                f"{list(value.shape)}; pass the make_model() it was saved from"
-            )
-
-    def tensor(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-
-def _read_layer(file: _Reader, name: str, record: LayerRecord) -> QuantizedLayer:
+def _read_layer(file: Reader, name: str, record: LayerRecord) -> QuantizedLayer:
     for part, (dtype, shape) in record.tensors().items():
         file.check(_join(name, part), dtype, shape)
     held = {part: file.tensor(_join(name, part)) for part in record.tensors()}
@@ -248,6 +185,26 @@ def _read_layer(file: _Reader, name: str, record: LayerRecord) -> QuantizedLayer
         return SimulatedConv2d(weight, held.get("bias"), activation_bits=record.activation_bits, **vars(record.conv))
     except BantamweightError as error:
         raise FormatError(f"{file.path}: layer {name!r}: {error}") from None
+
+
+def _targets(model: nn.Module, header: ModelHeader, path: object) -> dict[str, Any]:
+    """The model's module under every name of a saved layer."""
+    for name, value in model.state_dict().items():
+        if is_lazy(value):
+            raise FormatError(
+                f"{path}: {name!r} of {type(model).__name__} has no shape yet; run the model on an input once, then load"
+            )
+    targets = {name: _target(model, name, record, path) for name, record in header.layers.items()}
+    targets |= {second: _target(model, second, header.layers[first], path) for second, first in header.same_layer.items()}
+    first_of = {id(module): header.same_layer.get(name, name) for name, module in targets.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = first_of.get(id(module))
+        if first is not None and header.same_layer.get(name, name) != first:
+            raise FormatError(
+                f"{path}: {name!r} and {first!r} are one layer of {type(model).__name__}, but not of the saved model; "
+                "pass the make_model() it was saved from"
+            )
+    return targets
 
 
 def _target(model: nn.Module, name: str, record: LayerRecord, path: object) -> nn.Module:
@@ -281,8 +238,7 @@ def _target(model: nn.Module, name: str, record: LayerRecord, path: object) -> n
 def _expected_rest(model: nn.Module, header: ModelHeader, path: object) -> dict[str, Tensor]:
     """The tensors that the file must hold beside those of its quantized layers, as the model has them."""
     state = model.state_dict()
-    gone = [_join(name, "") for name in (*header.layers, *header.same_layer, *header.folded)]
-    expected = {name: value for name, value in state.items() if not name.startswith(tuple(gone))}
+    folded: set[int] = set()
     for norm, into in header.folded.items():
         for name, kinds in ((norm, _NORMS), (into, (nn.Module,))):
             try:
@@ -294,6 +250,11 @@ def _expected_rest(model: nn.Module, header: ModelHeader, path: object) -> dict[
                     f"{path}: BatchNorm {norm!r} was folded into {into!r}, but the model has no such pair; "
                     "pass the make_model() it was saved from"
                 )
+        folded.add(id(model.get_submodule(norm)))
+    norms = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in folded]
+    gone = tuple(_join(name, "") for name in (*header.layers, *header.same_layer, *norms))
+    expected = {name: value for name, value in state.items() if not name.startswith(gone)}
+    for into in header.folded.values():
         if into not in header.layers and into not in header.same_layer and _join(into, "weight") in state:
             weight = state[_join(into, "weight")]
             expected[_join(into, "bias")] = weight.new_empty(weight.shape[0], device="meta")
@@ -320,12 +281,26 @@ def _quantized_layers(model: nn.Module) -> tuple[dict[str, QuantizedLayer], dict
     return layers, same
 
 
-def _put(model: M, name: str, module: nn.Module) -> M:
-    if not name:
-        return module  # type: ignore[return-value]  # the model is the layer
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
-    return model
+def _rest_of(model: nn.Module, inside: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors outside quantized layers, and the further names of those that are tied."""
+    tensors: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if name.startswith(tuple(inside)):
+            continue
+        if not isinstance(value, Tensor):
+            raise BantamweightError(
+                f"{name} of the model's state dict is a {type(value).__name__}, but a model file holds tensors only; "
+                "keep it out of the state dict, or pass it as extra"
+            )
+        value = plain_tensor(name, value)
+        identity = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() > 0 and seen.setdefault(identity, name) != name:
+            same[name] = seen[identity]
+        else:
+            tensors[name] = value
+    return tensors, same
 
 
 def _join(layer: str, part: str) -> str:

@@ -117,26 +117,25 @@ class PackedEmbedding(EmbeddingAttributes, PackedLayer):
         Raises:
             BantamweightError: the input is not such a tensor, or holds an index outside the table.
         """
-        rows = self._run(input)
-        return rows if self._dtype is float32 else rows.to(self._dtype)
-
-    def _run(self, x: Tensor) -> Tensor:
-        if type(x) is not Tensor or is_compiling() or is_tracing():
-            if not isinstance(x, Tensor):
-                check_index(x, self.name_of_layer)  # which says what came
-            return torch.ops.bantamweight.lowbit_embedding(x, self.layout, self.embedding_dim)
+        if type(input) is not Tensor or is_compiling() or is_tracing():
+            if not isinstance(input, Tensor):
+                check_index(input, self.name_of_layer)  # which says what came
+            rows = torch.ops.bantamweight.lowbit_embedding(input, self.layout, self.embedding_dim)
+            return rows.to(self._dtype)
         # As in PackedLinear: a short sentence takes the kernel a microsecond.
-        k, width = self.embedding_dim, 8 if x.dtype is torch.int64 else 4
-        if (width == 4 and x.dtype is not torch.int32) or not x.is_contiguous() or not x.is_cpu:
-            return self._run(check_index(x, self.name_of_layer))
-        y = empty(*x.shape, k)
+        k, width = self.embedding_dim, 8 if input.dtype is torch.int64 else 4
+        if (width == 4 and input.dtype is not torch.int32) or not input.is_contiguous() or not input.is_cpu:
+            return self.forward(check_index(input, self.name_of_layer))
+        y = empty(*input.shape, k)
         if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
-            y = torch.empty((*x.shape, k), dtype=float32, device="cpu")
-        layout, layout_bytes, _ = self._addresses
-        status = embedding_forward(layout, layout_bytes, x.data_ptr(), width, x.numel(), y.data_ptr(), k)
+            y = torch.empty((*input.shape, k), dtype=float32, device="cpu")
+        layout, layout_bytes, _ = self._at
+        if self._buffers["layout"].data_ptr() != layout:  # type: ignore[union-attr]
+            layout, layout_bytes, _ = self._addresses
+        status = embedding_forward(layout, layout_bytes, input.data_ptr(), width, input.numel(), y.data_ptr(), k)
         if status:
-            check_lookup(status, x, self.num_embeddings, self.name_of_layer)
-        return y
+            check_lookup(status, input, self.num_embeddings, self.name_of_layer)
+        return y if self._dtype is float32 else y.to(self._dtype)
 
     def extra_repr(self) -> str:
         return _extra_repr(self)

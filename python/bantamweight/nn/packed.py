@@ -284,37 +284,55 @@ class PackedConv2d(Conv2dAttributes, PackedLayer):
             BantamweightError: the input is not a float32, bfloat16 or float16 tensor on the CPU, is smaller than the
                 kernel, requires a gradient, or holds NaN or infinity.
         """
-        if self.padding_mode == "zeros":
-            y = self._run(input)
-        else:
-            y = self._run(pad(input, self.geometry.sides, mode=self.padding_mode))
-        strides = input.stride()
-        # Channels last where a step to the next channel is shorter than one to the next column.
-        return y if strides[-3] < strides[-1] and not input.is_contiguous() else y.contiguous()
-
-    def _run(self, x: Tensor) -> Tensor:
-        """The output channels last."""
-        if type(x) is not Tensor or is_compiling() or _get_tracing_state():
-            return self._forward_op(x)
-        if x.requires_grad and torch.is_grad_enabled():
+        if type(input) is not Tensor or self.padding_mode != "zeros" or is_compiling() or _get_tracing_state():
+            return _in_format_of(input, self._forward_general(input))
+        if input.requires_grad and torch.is_grad_enabled():
             self.refuse_gradient()
-        layout, layout_bytes, bias = self._addresses
         # As in PackedLinear: a small image takes the kernel a few microseconds.
-        shape, (channels, extra_h, stride_h, extra_w, stride_w) = x.shape, self._sizes
-        if len(shape) != 4 or shape[1] != channels or x.dtype is not float32 or not x.is_cpu:
-            return run_conv2d(x, self.layout, self.bias, self._described)
+        layout, layout_bytes, bias = self._at
+        held = self._buffers
+        if held["layout"].data_ptr() != layout or (0 if (b := held["bias"]) is None else b.data_ptr()) != bias:  # type: ignore
+            layout, layout_bytes, bias = self._addresses
+        shape, (channels, extra_h, stride_h, extra_w, stride_w) = input.shape, self._sizes
+        if len(shape) != 4 or shape[1] != channels or input.dtype is not float32 or not input.is_cpu:
+            return _in_format_of(input, run_conv2d(input, self.layout, self.bias, self._described))
         images, _, h, w = shape
         n, oh, ow = self.out_channels, (h + extra_h) // stride_h, (w + extra_w) // stride_w
         if oh < 1 or ow < 1 or h < 1 or w < 1:
-            return run_conv2d(x, self.layout, self.bias, self._described)  # which says what is wrong
+            return run_conv2d(input, self.layout, self.bias, self._described)  # which says what is wrong
         size, strides = (images, n, oh, ow), (oh * ow * n, 1, ow * n, n)
         y = empty_strided(size, strides)
         if y.dtype is not float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device
             y = empty_strided(size, strides, dtype=float32, device="cpu")
-        status = conv_forward(layout, layout_bytes, x.data_ptr(), images, h, w, *x.stride(), bias, y.data_ptr())
+        of_image, of_channel, of_row, of_column = input.stride()
+        status = conv_forward(
+            layout,
+            layout_bytes,
+            input.data_ptr(),
+            images,
+            h,
+            w,
+            of_image,
+            of_channel,
+            of_row,
+            of_column,
+            bias,
+            y.data_ptr(),
+        )
         if status:
             check_status(status, self.name_of_layer)
-        return y
+        return y if of_channel < of_column and not input.is_contiguous() else y.contiguous()
+
+    def _forward_general(self, x: Tensor) -> Tensor:
+        """The way of padding that is not of zeros, of graphs, and of tensors that are more than a plain one."""
+        if self.padding_mode != "zeros":
+            x = pad(x, self.geometry.sides, mode=self.padding_mode)
+        if type(x) is not Tensor or is_compiling() or _get_tracing_state():
+            return self._forward_op(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            self.refuse_gradient()
+        self._addresses  # noqa: B018  (which checks what lies there)
+        return run_conv2d(x, self.layout, self.bias, self._described)
 
     def _forward_op(self, x: Tensor) -> Tensor:
         """The way of graphs, and of tensors that are more than a plain one."""
@@ -334,3 +352,9 @@ class PackedConv2d(Conv2dAttributes, PackedLayer):
 
     def extra_repr(self) -> str:
         return f"{self._words()}, {self.describe()}"
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y channels last, as the kernel wrote it, if x is, and contiguous if not, as torch's convolution answers."""
+    strides = x.stride()
+    return y if strides[-3] < strides[-1] and not x.is_contiguous() else y.contiguous()
