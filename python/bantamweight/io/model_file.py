@@ -87,7 +87,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, extra: dict[str, Any
         quantization=_report_of(model),
         extra=_plain(extra or {}),
     )
-    whole = {name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    whole = {
+        name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
     write_atomically(path, safetensors_bytes(whole, {METADATA_KEY: header.to_json()}))
 
 
@@ -192,10 +194,13 @@ def _targets(model: nn.Module, header: ModelHeader, path: object) -> dict[str, A
     for name, value in model.state_dict().items():
         if is_lazy(value):
             raise FormatError(
-                f"{path}: {name!r} of {type(model).__name__} has no shape yet; run the model on an input once, then load"
+                f"{path}: {name!r} of {type(model).__name__} has no shape yet; run the model on an input once, then "
+                "load"
             )
     targets = {name: _target(model, name, record, path) for name, record in header.layers.items()}
-    targets |= {second: _target(model, second, header.layers[first], path) for second, first in header.same_layer.items()}
+    targets |= {
+        second: _target(model, second, header.layers[first], path) for second, first in header.same_layer.items()
+    }
     first_of = {id(module): header.same_layer.get(name, name) for name, module in targets.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         first = first_of.get(id(module))

@@ -25,8 +25,8 @@ def plain_tensor(name: str, value: Tensor) -> Tensor:
         kind = "" if usual else "lazy " if lazy else "nested " if value.is_nested else f"{value.layout} "
         where = " on the meta device" if value.is_meta else ""
         raise BantamweightError(
-            f"{name} is a {kind}{type(value).__name__} of {value.dtype}{where}, but a model file holds dense tensors of "
-            "real numbers, whole numbers, bool and complex64; convert it, or register it with persistent=False"
+            f"{name} is a {kind}{type(value).__name__} of {value.dtype}{where}, but a model file holds dense tensors "
+            "of real numbers, whole numbers, bool and complex64; convert it, or register it with persistent=False"
         )
     return value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
 
@@ -61,8 +61,13 @@ def refuse_meta(model: nn.Module, filled: set[str], replaced: set[str], path: ob
 
 
 def make_writable(model: nn.Module, replaced: set[nn.Module]) -> None:
-    """Gives the tensors that a state dict is copied into memory of their own: those on the meta device, which have none,
-    and those whose elements share memory, as expanded ones do."""
+    """Gives tensors memory of their own that a state dict can be copied into.
+
+    Those on the meta device have none, and elements of an expanded one share it.
+
+    Args:
+        replaced: modules whose tensors give way to others.
+    """
     skipped = {id(inside) for module in replaced for inside in module.modules()}
     made: dict[int, Any] = {}
     for module in model.modules():

@@ -41,6 +41,8 @@ def weight_of(tensors: Mapping[str, Tensor]) -> QuantizedWeight:
             f"grid is {grid.dtype} {list(grid.shape)}, but must be int64 [4]: out, in, levels, group size; "
             "load a state dict that a quantized layer made"
         )
+    if any(part.is_meta for part in tensors.values()):
+        raise FormatError("its tensors are on the meta device, which holds no values; load a state dict that is whole")
     out_features, in_features, levels, group_size = grid.tolist()
     codes = tensors["codes"]
     if out_features < 0 or in_features < 0 or not 2 <= levels <= 256 or codes.ndim != 2 or len(codes) != out_features:

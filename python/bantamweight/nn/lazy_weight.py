@@ -1,7 +1,7 @@
 """The weight of a packed layer as models read it: a tensor that is dequantized once something is computed with it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -52,8 +52,30 @@ class LazyWeight(Tensor):
                     return cls(lambda: func(*_computed(args), **_computed(kwargs)), like)
             return func(*_computed(args), **_computed(kwargs))
 
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        _refuse_change()
+
+    @property
+    def requires_grad(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, mode: bool = True) -> Self:
+        return _refuse_change() if mode else self
+
     def __setitem__(self, index: Any, value: Any) -> None:
         _refuse_change()
+
+    def data_ptr(self) -> int:
+        raise BantamweightError("the weight of a packed layer has no memory of its own; clone it first")
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.values().numpy(force=force)
@@ -66,6 +88,9 @@ class LazyWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.values().__reduce_ex__(protocol)
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.values(), format_spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"LazyWeight({list(self.shape)}, {self.dtype})"
@@ -100,7 +125,7 @@ def _on_meta(weight: Tensor) -> Tensor:
     return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
 
 
-def _refuse_change() -> None:
+def _refuse_change() -> NoReturn:
     raise BantamweightError(
         "the weight of a packed layer is computed from its codes and cannot be changed in place; change the simulated "
         "form (nn.unpack), or clone the weight first"

@@ -96,11 +96,11 @@ class PackedLinear(PackedLayer):
         return self._run(input)
 
     def forward(self, input: Tensor | QuantizedRows) -> Tensor:
-        """y [..., out] in the dtype of the input [..., in]: float32, bfloat16 or float16 on the CPU; float32 for rounded
-        rows.
+        """y [..., out] in the dtype of the input [..., in], on the CPU; float32 for rounded rows.
 
         Raises:
-            BantamweightError: the input is not such a tensor, requires a gradient, or holds NaN or infinity.
+            BantamweightError: the input is not a float32, bfloat16 or float16 tensor on the CPU, requires a gradient, or
+                holds NaN or infinity.
         """
         if type(input) is not Tensor or is_compiling() or _get_tracing_state():
             return self._forward_rows(input) if isinstance(input, QuantizedRows) else self._forward_op(input)
@@ -156,9 +156,9 @@ class PackedLinear(PackedLayer):
 class PackedConv2d(Conv2dAttributes, PackedLayer):
     """`nn.Conv2d` on a low-bit kernel.
 
-    The kernel writes channels last, and a channels-last input keeps that, as in torch; for any other input the output is
-    copied to be contiguous, so that ``.view(n, -1)`` works behind it (16 maps of 64x56x56: some 4 ms; free where the map
-    is one pixel or one channel). Run networks of convolutions in ``torch.channels_last``, or fused (`nn.fuse`).
+    The kernel writes channels last, and a channels-last input keeps that, as in torch; for any other input the output
+    is copied to be contiguous, so that ``.view(n, -1)`` works behind it (16 maps of 64x56x56: some 4 ms; free where the
+    map is one pixel or one channel). Run networks of convolutions in ``torch.channels_last``, or fused (`nn.fuse`).
 
     Inputs are rounded to int8 image by image, those of a 1x1 convolution without padding pixel by pixel; those of a
     depthwise convolution stay float.
@@ -294,7 +294,7 @@ class PackedConv2d(Conv2dAttributes, PackedLayer):
         if held["layout"].data_ptr() != layout or (0 if (b := held["bias"]) is None else b.data_ptr()) != bias:  # type: ignore
             layout, layout_bytes, bias = self._addresses
         shape, (channels, extra_h, stride_h, extra_w, stride_w) = input.shape, self._sizes
-        if len(shape) != 4 or shape[1] != channels or input.dtype is not float32 or not input.is_cpu:
+        if len(shape) != 4 or shape[1] != channels or input.dtype is not float32 or not input.is_cpu or input.is_neg():
             return _in_format_of(input, run_conv2d(input, self.layout, self.bias, self._described))
         images, _, h, w = shape
         n, oh, ow = self.out_channels, (h + extra_h) // stride_h, (w + extra_w) // stride_w

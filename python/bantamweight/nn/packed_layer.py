@@ -7,7 +7,7 @@ saved to hold the canonical form, so both move between machines.
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportPrivateImportUsage]
 from torch.compiler import is_compiling
 
@@ -15,7 +15,7 @@ from ..errors import BantamweightError
 from ..ops.lowbit_linear import ALIGNMENT
 from ..weights import QuantizedWeight
 from .layer import QuantizedLayer, check_bias
-from .lazy_weight import LazyWeight, dequantized, lazy_weight
+from .lazy_weight import LazyWeight, lazy_weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of a packed layer's inputs
 
@@ -77,16 +77,14 @@ class PackedLayer(QuantizedLayer):
     def weight(self) -> Tensor:
         """The weight in the layer's own shape, for models that read it: dequantized when something is computed with it.
 
-        Its dtype is that of the model's other weights (float32, or what `.half()` and `.bfloat16()` made of them; float32
-        after `.double()`), so ``x.to(layer.weight.dtype)`` gives what the layer and its neighbours take. It is no
-        parameter and no buffer, and cannot be changed.
+        Its dtype is that of the model's other weights (float32, or what `.half()` and `.bfloat16()` made of them;
+        float32 after `.double()`), so ``x.to(layer.weight.dtype)`` gives what the layer and its neighbours take. It is
+        no parameter and no buffer, and cannot be changed.
         """
         layout = self.layout
         arguments = (layout, self.kind, self.levels, self.weight_shape, self._dtype)
-        if is_compiling():
+        if is_compiling() or _get_tracing_state():
             return torch.ops.bantamweight.lowbit_weight(*arguments)
-        if _get_tracing_state():
-            return dequantized(*arguments)
         if self._weight is None:
             self.__dict__["_weight"] = lazy_weight(*arguments)
         return self._weight  # type: ignore[return-value]
@@ -137,14 +135,18 @@ class PackedLayer(QuantizedLayer):
         """Makes the two the layer's own, in the form that kernels read; refuses what has none and changes nothing."""
         if not isinstance(layout, Tensor):
             raise BantamweightError(
-                f"layout of {self.name_of_layer} is a {type(layout).__name__}, but must be a packed weight; put another "
-                "one in place with set_quantized"
+                f"layout of {self.name_of_layer} is a {type(layout).__name__}, but must be a packed weight; put "
+                "another one in place with set_quantized"
             )
+        for name, part in (("layout", layout), ("bias", bias)):
+            if isinstance(part, Tensor) and part.layout == torch.strided and not part.is_meta and _is_cut(part):
+                raise BantamweightError(
+                    f"the memory of {name} of {self.name_of_layer} was taken away; set {name} again"
+                )
         check_bias(bias, self.rows)
-        if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous() or bias.requires_grad):
-            bias = bias.detach().to(torch.float32).contiguous()
-        if bias is not None and (type(bias) is not Tensor or not bias.is_cpu):
-            bias = bias.detach().cpu().as_subclass(Tensor)
+        usual = bias is None or (type(bias) is Tensor and bias.dtype == torch.float32 and bias.is_contiguous())
+        if not usual or (bias is not None and (bias.requires_grad or bias.is_neg() or not bias.is_cpu)):
+            bias = bias.detach().to("cpu", torch.float32).as_subclass(Tensor).contiguous().resolve_neg()
         if layout.data_ptr() % ALIGNMENT:
             layout = layout.clone()
         self.adopt(layout)
@@ -189,3 +191,11 @@ class PackedLayer(QuantizedLayer):
     def describe(self) -> str:
         inputs = "" if self.activations == "int8" else f", {self.activations} inputs"
         return f"bias={self.bias is not None}, packed {self.scheme} {self.kernel}{inputs}"
+
+
+def _is_cut(part: Tensor) -> bool:
+    """True where the tensor reaches beyond its storage, which resize_ of the storage may have made smaller."""
+    if part.numel() == 0 or type(part) not in (Tensor, nn.Parameter):
+        return False
+    last = sum((size - 1) * step for size, step in zip(part.shape, part.stride(), strict=True))
+    return part.untyped_storage().nbytes() < (part.storage_offset() + last + 1) * part.itemsize

@@ -188,13 +188,15 @@ def run_conv2d(x: Tensor, layout: Tensor, bias: Tensor | None, found: Conv2dLayo
     oh, ow = _known_output_size(h, w, found.kernel_size, found.stride, found.padding, found.dilation)
     if oh < 1 or ow < 1 or h < 1 or w < 1:
         raise _refusal(x, found)
+    x = x.resolve_neg()  # the imaginary part of a conjugate is negated where it is read
     bias_address = 0
     if bias is not None:
-        if bias.dtype is not torch.float32 or bias.shape != (found.out_channels,):
+        if bias.dtype is not torch.float32 or bias.shape != (found.out_channels,) or not bias.is_cpu:
             raise BantamweightError(
-                f"{_name(found)}: bias is {bias.dtype} {list(bias.shape)}, but must be float32 [{found.out_channels}]"
+                f"{_name(found)}: bias is {bias.dtype} {list(bias.shape)} on {bias.device}, but must be float32 "
+                f"[{found.out_channels}] on the CPU"
             )
-        bias = bias.contiguous()
+        bias = bias.contiguous().resolve_neg()
         bias_address = bias.data_ptr()
     y = torch.empty((n, found.out_channels, oh, ow), memory_format=torch.channels_last)
     if y.dtype is not torch.float32 or not y.is_cpu:  # torch.set_default_dtype, torch.set_default_device

@@ -172,7 +172,7 @@ def check_input(x: Tensor, in_features: int, name: str) -> Tensor:
         raise BantamweightError(
             f"{name} takes inputs [..., {in_features}], but {list(x.shape)} came; check the layer before it"
         )
-    return x.to(torch.float32).contiguous()
+    return x.to(torch.float32).contiguous().resolve_neg()
 
 
 def _linear_cpu(x: Tensor, layout: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -183,11 +183,12 @@ def _linear_cpu(x: Tensor, layout: Tensor, bias: Tensor | None, out_features: in
     if out_features != found.out_features:
         raise BantamweightError(f"{name}: out_features is {out_features}, but must be that of the packed weight")
     rows = check_input(x, found.in_features, name)
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (out_features,)):
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (out_features,) or not bias.is_cpu):
         raise BantamweightError(
-            f"{name}: bias is {bias.dtype} {list(bias.shape)}, but must be float32 [{out_features}]"
+            f"{name}: bias is {bias.dtype} {list(bias.shape)} on {bias.device}, but must be float32 [{out_features}] "
+            "on the CPU"
         )
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.contiguous().resolve_neg()
     y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32, device="cpu")
     m = y.numel() // max(out_features, 1)
     status = _C.linear_forward(
