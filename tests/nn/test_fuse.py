@@ -163,13 +163,63 @@ class Scaled(Block):
 
 def test_refuses_with_a_sentence() -> None:
     x = torch.randn(2, 4, WIDTH)
-    with pytest.raises(BantamweightError, match=r"nothing in this Linear can be fused: it has no nn\.Transformer"):
-        fuse(nn.Linear(3, 3))
-    with pytest.raises(BantamweightError, match=r"its attention\.self\.query is a Linear, not a PackedLinear"):
-        fuse(Encoder(Block()))
-    with pytest.raises(BantamweightError, match="gives other outputs"):
-        fuse(packed(Encoder(Scaled()), x))
+    with pytest.raises(BantamweightError, match="no chain of them that can be fused; leave calibration out"):
+        fuse(packed(Encoder(Block()), x), calibration=x)
     fused = fuse(packed(Encoder(Block()), x))
     with pytest.raises(BantamweightError, match="fused already"):
         fuse(fused)
     assert sum(isinstance(part, PackedLinear) for part in fused.modules()) == 6
+
+
+@torch.no_grad()
+def test_a_model_with_nothing_to_fuse_comes_back_as_it_was() -> None:
+    x = torch.randn(2, 4, WIDTH)
+    lone = packed(nn.Sequential(nn.Linear(WIDTH, 3)), x)
+    fused: Any = fuse(lone)
+    assert fused is not lone and fused.fusion.names == [] and "nothing to fuse" in str(fused.fusion)
+    assert torch.equal(fused(x), lone(x))
+    for model, reason in (
+        (Encoder(Block()), "its attention.self.query is a Linear, not a PackedLinear"),
+        (packed(Encoder(Scaled()), x), "gives other outputs"),
+    ):
+        fused = fuse(model)
+        assert fused.fusion.names == [] and reason in str(fused.fusion)
+        assert torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "build", [lambda: Block(), lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 64, batch_first=True)]
+)
+@torch.no_grad()
+def test_blocks_of_half_precision(build: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, WIDTH)
+    model = packed(build(), x).to(dtype)
+    fused: Any = fuse(model)
+    assert isinstance(fused, FusedBertLayer | FusedEncoderLayer)
+    ours, theirs = (y[0] if isinstance(y, tuple) else y for y in (fused(x.to(dtype)), model(x.to(dtype))))
+    assert ours.dtype is dtype
+    assert float((ours.float() - theirs.float()).norm()) <= 0.03 * float(theirs.float().norm())
+
+
+@torch.no_grad()
+def test_a_block_with_hooks_keeps_them() -> None:
+    x = torch.randn(2, 4, WIDTH)
+    model: Any = packed(Encoder(Block(), Block()), x)
+    calls: list[int] = []
+    model.layer[1].intermediate.dense.register_forward_hook(lambda *_: calls.append(1))
+    fused: Any = fuse(model)
+    assert fused.fusion.names == ["layer.0"] and "intermediate.dense has hooks" in str(fused.fusion)
+    fused(x)
+    assert calls == [1]
+
+
+@torch.no_grad()
+def test_a_block_under_two_names_is_fused_once_and_everywhere() -> None:
+    x = torch.randn(2, 4, WIDTH)
+    block = Block()
+    model: Any = packed(Encoder(block, block), x)
+    fused: Any = fuse(model)
+    assert fused.layer[0] is fused.layer[1] and isinstance(fused.layer[0], FusedBertLayer)
+    assert_close(fused(x), model(x))

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import BantamweightError
 from ..ops.attention import attention
+from .chain_finder import is_plain
 from .fused import ACTIVATIONS, PackedChain, PackedFFN, PackedLinears, Stage, in_graph
 from .packed import PackedLinear
 
@@ -29,8 +30,16 @@ def fused_block(block: nn.Module) -> nn.Module | None:
     make = _maker_of(block)
     if make is None:
         return None
-    fused = make(block)
-    _check_equal(block, fused)
+    for name, part in block.named_modules():
+        if not is_plain(part):
+            raise BantamweightError(f"its {name or 'call'} has hooks or a forward of its own, which would not run")
+    try:
+        fused = make(block)
+        _check_equal(block, fused)
+    except BantamweightError:
+        raise
+    except Exception as error:  # of the block's own code, on an input that may not suit it
+        raise BantamweightError(f"its class does not run on rows alone ({type(error).__name__}: {error})") from None
     return fused.train(block.training)
 
 
@@ -121,7 +130,7 @@ class FusedBertLayer(nn.Module):
         self.__dict__["qkv"], self.__dict__["block"] = qkv, block
         # transformers' versions return the hidden states alone or a tuple of them and what was not asked for.
         with torch.no_grad():
-            returned = layer(torch.zeros(1, 1, qkv.in_features))
+            returned = layer(torch.zeros(1, 1, qkv.in_features, dtype=_dtype_of(layer)))
         self._tuple = len(returned) if isinstance(returned, tuple) else 0
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +213,7 @@ def _activation_name(function: Callable[[Tensor], Tensor]) -> str:
 def _check_equal(block: nn.Module, fused: nn.Module) -> None:
     """Refuses a fused block that computes something else: a subclass may have changed what happens between layers."""
     width = fused.ffn.in_features if isinstance(fused, FusedEncoderLayer) else fused.qkv.in_features  # type: ignore
-    x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    x = torch.randn(2, 4, width, generator=torch.Generator().manual_seed(0)).to(_dtype_of(block))  # type: ignore
     was_training = block.training
     block.eval()
     fused.eval()
@@ -216,8 +225,16 @@ def _check_equal(block: nn.Module, fused: nn.Module) -> None:
     if isinstance(fused, FusedBertLayer):
         fused.bfloat16 = True
     a, b = (y[0] if isinstance(y, tuple) else y for y in (a, b))
-    # A float that falls the other way at a rounding to int8 moves an output by a hundredth of a row's size.
-    if float((a - b).norm()) > 0.01 * float(a.norm()):
+    # A float that falls the other way at a rounding to int8 moves an output by a hundredth of a row's size, and the
+    # single layers round every step between them to the dtype.
+    tolerance = 0.01 + 4 * torch.finfo(x.dtype).eps
+    if a.dtype is not b.dtype or float((a.float() - b.float()).norm()) > tolerance * float(a.float().norm()):
         raise BantamweightError(
             "the fused block gives other outputs, so it computes something else than its class says"
         )
+
+
+def _dtype_of(block: nn.Module) -> torch.dtype:
+    """Of the block's rows: its norms have the dtype that the model was given."""
+    weights = (part.weight for part in block.modules() if isinstance(part, nn.LayerNorm))
+    return next((weight.dtype for weight in weights if isinstance(weight, Tensor)), torch.float32)
