@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from bantamweight.curvature.batches import Batch, evaluation
-from bantamweight.errors import BantamweightError, CalibrationError
+from bantamweight.errors import BantamweightError, CalibrationError, UnsupportedLayerError
 from bantamweight.quantize.calibrate import TargetLayer
 
 
@@ -37,6 +37,51 @@ def target_layers(model: nn.Module, ignore: Sequence[str]) -> dict[str, TargetLa
     return layers
 
 
+def tied_layers(layers: Mapping[str, TargetLayer]) -> dict[str, list[str]]:
+    """The layers by their weights: the first that has each, and all that share it, the first included."""
+    sharing: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        sharing.setdefault(id(layer.weight), []).append(name)
+    return {names[0]: names for names in sharing.values()}
+
+
+def measured_once(groups: Mapping[str, Sequence[str]], tied: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The groups with every weight in the one that has it first, under its first layer's name."""
+    left = {block: [name for name in names if name in tied] for block, names in groups.items()}
+    return {block: names for block, names in left.items() if names}
+
+
+def parameter_names(model: nn.Module, layers: Mapping[str, TargetLayer]) -> dict[str, str]:
+    """What each layer's weight is called among the model's parameters: a tied one has the name of its first holder.
+
+    Raises:
+        UnsupportedLayerError: a weight that is computed from other parameters.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, layer in layers.items():
+        if id(layer.weight) not in names:
+            raise UnsupportedLayerError(
+                f"the weight of layer {name!r} is computed from other parameters; list it in ignore, or remove its "
+                "parametrization first"
+            )
+    return {name: names[id(layer.weight)] for name, layer in layers.items()}
+
+
+def refuse_tied(model: nn.Module, layers: Mapping[str, TargetLayer]) -> None:
+    """For what is measured call by call, and would miss the calls of a weight's other holders.
+
+    Raises:
+        UnsupportedLayerError: a layer whose weight another module has too.
+    """
+    for name, layer in layers.items():
+        for path, other in model.named_modules():
+            if other is not layer and any(parameter is layer.weight for parameter in other._parameters.values()):
+                raise UnsupportedLayerError(
+                    f"layer {name!r} shares its weight with {path!r}, and metric 'ggn' sees the calls of one alone; "
+                    f"list {name!r} in ignore, or take another metric"
+                )
+
+
 def as_groups(blocks: Mapping[str, Sequence[str]], layers: Mapping[str, TargetLayer]) -> dict[str, list[str]]:
     groups = {}
     for block, patterns in blocks.items():
@@ -48,6 +93,12 @@ def as_groups(blocks: Mapping[str, Sequence[str]], layers: Mapping[str, TargetLa
     taken = [name for names in groups.values() for name in names]
     if twice := [name for name in taken if taken.count(name) > 1]:
         raise BantamweightError(f"{twice[0]} is in more than one block; list each layer once")
+    block_of = {name: block for block, names in groups.items() for name in names}
+    for first, *others in tied_layers({name: layers[name] for name in taken}).values():
+        if apart := [name for name in others if block_of[name] != block_of[first]]:
+            raise BantamweightError(
+                f"{first} and {apart[0]} share one weight, but are in different blocks; put both into one"
+            )
     return groups
 
 

@@ -21,14 +21,17 @@ from tqdm import tqdm
 from bantamweight.curvature.batches import as_batches
 from bantamweight.curvature.eigenvalues import Eigenvalues, eigenvalues_of
 from bantamweight.curvature.ggn import gauss_newton_eigenvalues
-from bantamweight.curvature.gram import weight_name
 from bantamweight.curvature.hvp import Hessian
 from bantamweight.curvature.layer_groups import (
     as_groups,
     default_groups,
+    measured_once,
     multiply_adds,
+    parameter_names,
     random_subsets,
+    refuse_tied,
     target_layers,
+    tied_layers,
 )
 from bantamweight.curvature.mean_loss import LossFunction
 from bantamweight.curvature.result import FORMAT_VERSION, Conditions, Result
@@ -198,6 +201,9 @@ def sensitivity(
 ) -> Sensitivity:
     """How sharply the loss curves along each layer's weights, measured on random subsets of the data.
 
+    A weight that several layers share is measured once, under the first one's name; its curvature is that of all its
+    uses, an embedding's included.
+
     Args:
         model, loss_fn, data, options: as `Hessian` takes them; metric "ggn" needs outputs [n, classes].
         per: "layer": every linear and 2d convolution layer. "block": the members of the model's outermost
@@ -232,7 +238,12 @@ def sensitivity(
         )
     targets = target_layers(model, ignore)
     groups = as_groups(blocks, targets) if blocks is not None else default_groups(model, targets, per)
-    used = {name: targets[name] for names in groups.values() for name in names}
+    used = {name: targets[name] for name in targets if any(name in names for names in groups.values())}
+    tied = tied_layers(used)
+    groups = measured_once(groups, tied)
+    if metric == "ggn":
+        refuse_tied(model, used)
+    weights = parameter_names(model, used)
     device = next(iter(used.values())).weight.device
     batches = as_batches(data, device)
     macs = multiply_adds(model, batches[0], used, options.get("mode", "eval"))
@@ -254,10 +265,9 @@ def sensitivity(
             measured.append(found.values)
             conditions = found.conditions
             continue
-        hessian = Hessian(model, loss_fn, subset, blocks=[f"{name}.weight" if name else "weight" for name in used],
-                          **options)  # fmt: skip
+        hessian = Hessian(model, loss_fn, subset, blocks=[weights[name] for name in tied], **options)
         conditions = hessian.conditions
-        names = {block: [weight_name(layer) for layer in layers] for block, layers in groups.items()}
+        names = {block: [weights[layer] for layer in layers] for block, layers in groups.items()}
         if metric == "trace":
             traces = block_traces(hessian, names, products=products, seed=seed + number, progress=progress)
             measured.append({block: trace.value for block, trace in traces.items()})
@@ -279,7 +289,7 @@ def sensitivity(
         measured.append({block: float(result.values[0]) for block, result in warm.items()})
     assert conditions is not None
     layers = tuple(
-        _describe(block, names, used, macs, [subset[block] for subset in measured], metric, bits, group_size)
+        _describe(block, names, tied, used, macs, [subset[block] for subset in measured], metric, bits, group_size)
         for block, names in groups.items()
     )
     return Sensitivity(
@@ -314,6 +324,7 @@ def rounding_error(layer: TargetLayer, bits: int, group_size: int | None) -> flo
 def _describe(
     block: str,
     names: Sequence[str],
+    tied: Mapping[str, Sequence[str]],
     layers: Mapping[str, TargetLayer],
     macs: Mapping[str, int],
     values: Sequence[float],
@@ -327,12 +338,13 @@ def _describe(
         score /= weights
     elif metric == "omega":
         score = abs(score) + (float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+    holders = [holder for name in names for holder in tied[name]]
     return LayerSensitivity(
         name=block,
-        layers=tuple(names),
-        shapes=tuple((len(layers[name].weight), layers[name].weight[0].numel()) for name in names),
+        layers=tuple(holders),
+        shapes=tuple((len(layers[name].weight), layers[name].weight[0].numel()) for name in holders),
         weights=weights,
-        macs=sum(macs[name] for name in names),
+        macs=sum(macs[name] for name in holders),
         values=tuple(values),
         score=score,
         errors={b: sum(rounding_error(layers[name], b, group_size) for name in names) for b in bits},
