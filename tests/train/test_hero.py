@@ -380,6 +380,17 @@ def test_bad_options_get_a_sentence(options, words):
         HERO([nn.Parameter(torch.zeros(2))], lr=0.1, **options)
 
 
+class OwnClosure(torch.optim.SGD):
+    def step(self, closure):  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("base", [torch.optim.LBFGS, OwnClosure])
+def test_a_base_optimizer_that_wants_a_closure_is_refused(base):
+    with pytest.raises(BantamweightError, match=f"base_optimizer is {base.__name__}, whose step evaluates a closure"):
+        HERO([torch.nn.Parameter(torch.ones(2))], base, lr=0.1)
+
+
 def test_bad_closures_get_a_sentence():
     model, (x, y) = network(), batch()
     optimizer = HERO(model.parameters(), lr=0.1)

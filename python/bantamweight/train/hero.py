@@ -2,6 +2,7 @@
 # torch._foreach_* have no public names.
 # pyright: reportPrivateImportUsage=false
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,9 @@ class HERO(Optimizer):
     params: parameters or groups of them. A group may set ``h``, ``lam``, ``perturb`` (default True) and
         ``regularize`` (True, False, or None: tensors of two dimensions or more, that is, no biases and no
         BatchNorm). All of them may be changed between steps, as may ``lr``.
-    base_optimizer: class of the optimizer that applies d; it gets the remaining keywords (``lr``, ``momentum``, ...).
-        The instance is ``.base_optimizer``: clip gradients in its ``register_step_pre_hook``.
+    base_optimizer: class of the optimizer that applies d, one whose step needs no closure (not LBFGS); it gets the
+        remaining keywords (``lr``, ``momentum``, ...). The instance is ``.base_optimizer``: clip gradients in its
+        ``register_step_pre_hook``.
     h, lam: radius of the perturbation and strength of the regulariser.
     mode: "exact" differentiates the gradient (one closure that returns the loss with its graph). "fd" takes
         H v from a difference of gradients over a step of `fd_step` times the norm of the regularised weights:
@@ -86,6 +88,12 @@ class HERO(Optimizer):
         _check_choice("mode", mode, ("exact", "fd"))
         _check_choice("perturbation", perturbation, tuple(PERTURBATIONS))
         _check_choice("reduction", reduction, ("mean", "sum"))
+        step = inspect.signature(base_optimizer.step).parameters.get("closure")
+        if step is not None and step.default is step.empty:
+            raise BantamweightError(
+                f"base_optimizer is {base_optimizer.__name__}, whose step evaluates a closure itself, but HERO gives "
+                "it one direction; pass an optimizer that steps on gradients alone, such as torch.optim.SGD"
+            )
         if not 0 < fd_step < 1:
             raise BantamweightError(f"fd_step is {fd_step}, but must lie between 0 and 1; 1e-3 suits float32")
         self.mode, self.perturbation, self.reduction = mode, perturbation, reduction
