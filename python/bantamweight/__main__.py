@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         sentence, code = _explain(error)
-        print(f"bantamweight: {sentence}", file=sys.stderr)
+        print(f"bantamweight: {_printable(sentence)}", file=sys.stderr)
         return code
 
 
@@ -46,6 +46,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
         f"internal error, please report it with the output of the same command and --debug: {what[:300]}",
         INTERNAL_ERROR,
     )
+
+
+def _printable(text: str) -> str:
+    """With escapes for what a terminal would act on: names in a sentence may be a stranger's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _named(error: OSError) -> str:

@@ -86,6 +86,10 @@ def arguments(*more: str, model: str = "net.py:make_model", out: str = "out") ->
     return ["compress", "--model", model, *own, "--out", out, *more]
 
 
+def evaluation(packed: str = "out", model: str = "net.py:make_model") -> list[str]:
+    return ["evaluate", packed, "--model", model, "--test", "test.npz"]
+
+
 def report(out: str = "out") -> dict:
     with open(f"{out}/report.json") as file:
         return json.load(file)
@@ -112,7 +116,7 @@ def test_a_new_process_gives_the_same_accuracy_from_the_packed_file_alone(job):
         os.remove(f"elsewhere/{name}")
     for name in ("trained.safetensors", "calib.npz"):
         os.remove(name)
-    command = [sys.executable, "-m", "bantamweight", "evaluate", "elsewhere", "--test", "test.npz"]
+    command = [sys.executable, "-m", "bantamweight", *evaluation("elsewhere")]
     done = subprocess.run([*command, "--json", "--batch-size", "7"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)  # one object, in spite of the model's printing
@@ -169,7 +173,7 @@ def test_uint8_images_are_scaled_as_recorded(job):
     assert main(arguments("--mean", "0.5", "--std", "0.2,0.3", "--bits", "8")) == 0
     written = report()
     assert written["baseline_accuracy"] == 1.0
-    command = [sys.executable, "-m", "bantamweight", "evaluate", "out", "--test", "test.npz", "--json"]
+    command = [sys.executable, "-m", "bantamweight", *evaluation(), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["accuracy"] == written["accuracy"]
 
@@ -258,7 +262,8 @@ def test_the_embedded_example_needs_nothing(tmp_path, monkeypatch, capsys):
         (arguments("--test", "calib.npz"), "no array y"),
         (["compress", "--model", "net.py:make_model"], "--weights and --calibration and --test missing"),
         (["compress", "--max-drop", "0.1"], "--max-drop is for a network of your own"),
-        (["evaluate", "out"], "--test"),
+        (["evaluate", "out", "--model", "net.py:make_model"], "--test"),
+        (["evaluate", "out", "--test", "test.npz"], "net.py:make_model if you trust it"),
         (["evaluate", "gone", "--test", "test.npz"], "gone does not exist"),
         (["evaluate", "trained.safetensors", "--test", "test.npz"], "trained.safetensors"),
         (["evaluate", "out", "--test", "test.npz", "--batch-size", "-1"], "--batch-size"),
@@ -405,12 +410,11 @@ def rewrite_header(change) -> None:
     [
         (lambda h: h.update(format_version=99), "upgrade bantamweight"),
         (lambda h: h.update(layers=[1]), "layers"),
-        (lambda h: h["layers"]["conv1"].update(shape=[8, 19]), "conv1"),
         (lambda h: h["extra"].update(run="x"), "damaged"),
         (lambda h: h["extra"]["run"].update(fp32_bytes="many"), "damaged"),
         (lambda h: h["extra"]["run"].update(mean=[[]], std=[1]), "damaged"),
-        (lambda h: h["extra"]["run"].update(model="sh -c true"), "net.py:make_model"),
-        (lambda h: h["extra"]["run"].update(model="/gone/lost.py:make_model"), "--model"),
+        (lambda h: h["extra"]["run"].update(model="x.py; rm -r ~"), "pass --model 'x.py; rm -r ~' if you trust it"),
+        (lambda h: h["extra"]["run"].update(model="a\x1b]0;b\u202e.py:f"), r"--model 'a\x1b]0;b\u202e.py:f' if"),
         (lambda h: h["extra"].pop("run"), "pass --model"),
     ],
 )
@@ -427,15 +431,49 @@ def test_a_truncated_packed_file_is_refused(job, capsys, keep):
         content = file.read()
     with open("out/model.safetensors", "wb") as file:
         file.write(content[:keep])
-    assert "out/model.safetensors" in refused(capsys, ["evaluate", "out", "--test", "test.npz"])
+    assert "out/model.safetensors" in refused(capsys, evaluation())
 
 
 def test_another_models_code_is_refused(job, capsys):
     assert main(arguments()) == 0
+    with open("other.py", "w") as file:
+        file.write("from torch import nn\ndef other(): return nn.Sequential(nn.Flatten(), nn.Linear(128, 4))\n")
+    assert "out/model.safetensors" in refused(capsys, evaluation(model="other.py:other"))
+
+
+def test_a_layer_of_another_shape_is_refused(job, capsys):
+    assert main(arguments()) == 0
+    rewrite_header(lambda h: h["layers"]["conv1"].update(shape=[8, 19]))
+    assert "conv1" in refused(capsys, evaluation())
+
+
+def test_code_that_a_packed_file_names_does_not_run(job, capsys, tmp_path):
+    assert main(arguments()) == 0
+    ran = tmp_path / "ran"
+    for name in ("evil.py", "out/evil.py"):
+        with open(name, "w") as file:
+            file.write(f"open({str(ran)!r}, 'w')\n{NET}")
+    rewrite_header(lambda h: h["extra"]["run"].update(model=f"{tmp_path}/evil.py:make_model"))
+    assert "evil.py:make_model if you trust it" in refused(capsys, ["evaluate", "out", "--test", "test.npz"])
+    assert not ran.exists()
+    assert main(evaluation()) == 0 and not ran.exists()
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(job, capsys):
+    assert main(arguments()) == 0
+    rewrite_header(lambda h: h["layers"].update({"\x1b[2Jconv1": h["layers"].pop("conv1")}))
+    assert "\x1b" not in refused(capsys, evaluation())
+
+
+def test_the_models_file_runs_once(job):
     with open("net.py", "a") as file:
-        file.write("\ndef other(): return nn.Sequential(nn.Flatten(), nn.Linear(128, 4))\n")
-    said = refused(capsys, ["evaluate", "out", "--test", "test.npz", "--model", "net.py:other"])
-    assert "out/model.safetensors" in said
+        file.write(
+            "\nkept = torch.library.Library('bantamweight_once', 'DEF')\nkept.define('op(Tensor x) -> Tensor')\n"
+        )
+    for argv in (arguments("--bits", "ternary", "--max-drop", "0.01"), evaluation()):
+        command = [sys.executable, "-m", "bantamweight", *argv]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_forced_kernel_of_another_cpu_is_bad_input(job, capsys, monkeypatch):

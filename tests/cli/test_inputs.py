@@ -103,6 +103,60 @@ def test_the_model_file_may_import_its_neighbours(tmp_path):
     assert isinstance(model, nn.Linear) and model.out_features == 7 and not model.training
 
 
+def test_a_file_runs_once_and_its_models_are_apart(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nwith open(__file__ + '.runs', 'a') as file: file.write('1')\n"
+        "only = torch.nn.Linear(2, 2)\ndef one(): return only\ndef other(): return torch.nn.ReLU()\n"
+    )
+    first = inputs.load_model(f"{tmp_path}/net.py:one")
+    with torch.no_grad():
+        first.weight.zero_()  # type: ignore[union-attr]
+    again = inputs.load_model(f"{tmp_path}/../{tmp_path.name}/net.py:one")
+    assert bool(again.weight.any())  # type: ignore[union-attr]
+    assert isinstance(inputs.load_model(f"{tmp_path}/net.py:other"), nn.ReLU)
+    assert (tmp_path / "net.py.runs").read_text() == "1"
+
+
+def test_files_of_one_name_are_not_confused(tmp_path):
+    for name, width in (("a", 3), ("b", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.py").write_text(f"import torch\ndef make(): return torch.nn.Linear(2, {width})\n")
+    widths = [inputs.load_model(f"{tmp_path}/{name}/net.py:make").out_features for name in "aba"]
+    assert widths == [3, 5, 3]
+
+
+class Versioned(nn.Module):
+    """As MNASNet of torchvision: a state without a version is taken for one of the first."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if local_metadata.get("version") is None:
+            raise RuntimeError("a state of version 1")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_weights_have_the_versions_of_their_network(tmp_path):
+    trained, model = Versioned(), nn.Sequential(Versioned())
+    save_file(nn.Sequential(trained).state_dict(), tmp_path / "w.safetensors")
+    inputs.load_weights(model, tmp_path / "w.safetensors")
+    assert torch.equal(model[0].layer.weight, trained.layer.weight)  # type: ignore[union-attr]
+
+
+def test_weights_that_the_model_itself_refuses_are_a_sentence(tmp_path):
+    class Refusing(Versioned):
+        def _load_from_state_dict(self, *args):
+            raise RuntimeError("no weights today")
+
+    save_file(Versioned().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BantamweightError, match=r"w\.safetensors does not load into the model \(no weights today\)"):
+        inputs.load_weights(Refusing(), tmp_path / "w.safetensors")
+
+
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
@@ -113,6 +167,7 @@ def test_the_model_file_may_import_its_neighbours(tmp_path):
         ("def make_model(): raise RuntimeError('oh no')", "RuntimeError: oh no"),
         ("def make_model(size): return None", "must work without arguments"),
         ("def make_model(): return 3", "returned a int"),
+        ("import torch\ndef make_model(): return torch.nn.Linear(2, 2, device='meta')", "make_model failed"),
     ],
 )
 def test_model_code_that_fails_is_named(tmp_path, code, sentence):

@@ -85,13 +85,14 @@ def _add_evaluate(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="run a packed network: accuracy, latency, size",
-        description="Load a packed file alone, run it on test data and print accuracy, latency and size. The Python "
-        "file with the model's code is found through the packed file unless --model names it: it is imported, so "
-        "evaluate only what you trust.",
+        description="Load a packed file, run it on test data and print accuracy, latency and size. The Python file of "
+        "--model is imported, so name only code that you trust; the packed file itself runs no code.",
     )
     parser.add_argument("packed", type=Path, help="the folder that compress wrote, or a packed safetensors file")
     parser.add_argument("--test", type=Path, metavar="FILE", help="npz with x and y (the embedded example has its own)")
-    parser.add_argument("--model", metavar="FILE.py:FUNCTION", help="the model's code, if it has moved")
+    parser.add_argument(
+        "--model", metavar="FILE.py:FUNCTION", help="the model's code (the embedded example has its own)"
+    )
     _add_preprocessing(parser)
     parser.add_argument("--batch-size", type=_positive, default=64, help="images a batch when timing (default 64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the packed network on test data; the plain result that --json prints."""
     path = packed_file(args.packed)
     header = run_header(io.read_header(path).extra, path)
-    if args.model is not None:
-        spec = args.model
-    elif header is not None:
-        spec = header.find_model(path)
-    else:
-        raise BantamweightError(f"{path} does not say which code makes its model; pass --model FILE.py:FUNCTION")
+    spec = args.model or _example_of(header, path)
     print(f"model code: {spec}", file=sys.stderr)
     x, y = _test_data(args, spec, header)
 
@@ -68,6 +64,23 @@ def packed_file(path: Path) -> Path:
     if not file.is_file():
         raise BantamweightError(f"{file} does not exist; give the folder that `bantamweight compress --out` wrote")
     return file
+
+
+def _example_of(header: RunHeader | None, path: Path) -> str:
+    """The embedded example's spec. A packed file may come from anybody: it does not choose which code runs here."""
+    if header is None:
+        raise BantamweightError(f"{path} does not say which code makes its model; pass --model FILE.py:FUNCTION")
+    if header.model != inputs.EMBEDDED_MODEL:
+        raise BantamweightError(
+            f"which code makes the model is missing; {path} names code, which runs only if you say so: pass --model "
+            f"{_quoted(header.model)} if you trust it"
+        )
+    return header.model
+
+
+def _quoted(text: str) -> str:
+    """For a shell to read; what a terminal would act on is escaped."""
+    return shlex.quote(text) if text.isprintable() else ascii(text)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import math
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -150,8 +153,14 @@ def _load_x(x: np.ndarray, path: Path, pixels: Preprocessing | None) -> Tensor:
 # ---- the model ----------------------------------------------------------------------------------
 
 
+_imported: dict[Path, ModuleType] = {}  # by absolute path
+
+
 def load_model(spec: str) -> nn.Module:
-    """Calls `FILE.py:FUNCTION` (or the embedded example's) and returns the module it makes, in eval mode on the CPU."""
+    """Calls `FILE.py:FUNCTION` (or the embedded example's) and returns the module it makes, in eval mode on the CPU.
+
+    The file runs once a process, however many models are asked for: code that registers something may not run twice.
+    """
     if spec == EMBEDDED_MODEL:
         from .. import demo
 
@@ -161,11 +170,12 @@ def load_model(spec: str) -> nn.Module:
         make = _import_function(path, function)
         try:
             model = make()
+            if isinstance(model, nn.Module):
+                # A copy: the function may return one model of the file's again and again.
+                return copy.deepcopy(model).cpu().eval()
         except (Exception, SystemExit) as error:
             raise BantamweightError(f"{spec} failed: {_describe(error)}; it must work without arguments") from error
-    if not isinstance(model, nn.Module):
-        raise BantamweightError(f"{spec} returned a {type(model).__name__}, but must return a torch.nn.Module")
-    return model.cpu().eval()
+    raise BantamweightError(f"{spec} returned a {type(model).__name__}, but must return a torch.nn.Module")
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
@@ -192,7 +202,19 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _import_function(path: Path, function: str) -> Callable[[], object]:
     _require_file(path, "the Python file that makes your model")
+    place = path.resolve()
+    if place not in _imported:
+        _imported[place] = _import_file(path)
+    make = getattr(_imported[place], function, None)
+    if not callable(make):
+        raise BantamweightError(f"{path} has no function {function}; name one that returns your model")
+    return make
+
+
+def _import_file(path: Path) -> ModuleType:
     name = f"bantamweight_user_{path.stem}"
+    if name in sys.modules:  # a file of this name in another folder
+        name += f"_{len(_imported)}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     assert module_spec is not None and module_spec.loader is not None  # a .py suffix always has a loader
     module = importlib.util.module_from_spec(module_spec)
@@ -200,11 +222,22 @@ def _import_function(path: Path, function: str) -> Callable[[], object]:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise BantamweightError(f"importing {path} failed: {_describe(error)}") from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        raise BantamweightError(f"{path} has no function {function}; name one that returns your model")
-    return make
+    return module
+
+
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The model's state from tensors that its own class wrote, versions included: a file of tensors has none.
+
+    Modules that changed the names or shapes of their state between versions take a state without one for an old one.
+
+    Raises:
+        RuntimeError: what the model itself does not take.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -235,7 +268,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BantamweightError(f"{path}: {name} holds NaN or infinity; look for where training diverged")
-    model.load_state_dict(tensors)
+    try:
+        load_state(model, tensors)
+    except RuntimeError as error:
+        raise BantamweightError(
+            f"{path} does not load into the model ({_first_line(error)}); --weights and --model must belong to the "
+            "same network"
+        ) from error
 
 
 def check_fits(model: nn.Module, x: Tensor, path: str) -> int:

@@ -1,4 +1,4 @@
-"""What a packed file remembers of the run that made it, so that `evaluate` needs that file alone."""
+"""What a packed file remembers of the run that made it, so that `evaluate` needs that file and the model's code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BantamweightError, FormatError
-from .inputs import EMBEDDED_MODEL, Preprocessing, split_spec
+from ..errors import FormatError
+from .inputs import Preprocessing
 
 KEY = "run"  # of the `extra` part of a packed file's header
 
@@ -32,19 +32,6 @@ class RunHeader:
     def to_extra(self) -> dict[str, Any]:
         """What io.save puts into the file's header."""
         return {KEY: asdict(self)}
-
-    def find_model(self, packed: Path) -> str:
-        """The recorded model's code: where it was, or moved along beside the packed file or into this folder."""
-        if self.model == EMBEDDED_MODEL:
-            return self.model
-        file, function = split_spec(self.model)
-        places = [file, packed.parent / file.name, packed.parent.parent / file.name, Path(file.name)]
-        for place in places:
-            if place.is_file():
-                return f"{place}:{function}"
-        raise BantamweightError(
-            f"{packed} was made with {file}, which is gone; say where it is with --model FILE.py:FUNCTION"
-        )
 
 
 def run_header(extra: Mapping[str, Any], path: Path) -> RunHeader | None:

@@ -152,7 +152,7 @@ def _contender(job: Job, optimizer: str, args: argparse.Namespace, folder: Path)
     configs = [_config(optimizer, seed, args) for seed in range(args.seeds)]
     runs = [_finished(job, config, folder, args.resume) for config in configs]
     model = job.make_model()
-    model.load_state_dict(load_file(folder / runs[0].file))
+    inputs.load_state(model, load_file(folder / runs[0].file))
     surface = filter_normalised_surface(model, job.x_train[:SURFACE_SAMPLES], job.y_train[:SURFACE_SAMPLES])
     batch = slice(0, args.batch_size)
     return training.Contender(
