@@ -1,26 +1,39 @@
 # Every target does all of its own set-up, into .venv and build/, and is cheap to run again.
 #   make demo    train a small network on real data, quantize, pack, run and report (out/)
-#   make test    the whole test suite: Python, C++, C++ under sanitizers, C++ on emulated ARM
+#   make test    the whole test suite: Python, Python on the kernels of older CPUs, C++, C++ under sanitizers, C++ on
+#                emulated ARM
 #   make bench   throughput of every kernel beside torch
 #   make lint    ruff, pyright and clang-format
 #   make package an sdist and a wheel, built in isolation and imported from a clean environment
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 
+CEILINGS := reference avx2 avx512_vnni neon_dotprod
+
 VENV    := .venv
 BIN     := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-python test-cpp bench lint package clean
+.PHONY: demo test test-python test-ceilings test-cpp bench lint package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/bantamweight compress
 
-test: test-python test-cpp
+test: test-python test-ceilings test-cpp
 
 test-python: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# What runs on kernels, once for every ceiling that this CPU reaches. Graphs of torch.compile hold the same at all of them.
+test-ceilings: $(VENV)/installed
+	ceilings=$$($(BIN)/python -c 'from bantamweight import _C; \
+	  print(*(isa for isa, missing in _C.isa_table() if not missing and isa in "$(CEILINGS)".split()))') || exit 1; \
+	for kernel in $$ceilings; do \
+	  echo "kernels up to $$kernel"; \
+	  BANTAMWEIGHT_FORCE_KERNEL=$$kernel $(BIN)/python -m pytest tests/nn tests/ops tests/io -k "not compile and not graphs" \
+	    || exit 1; \
+	done
 
 test-cpp: $(VENV)/tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/csrc/run.sh native sanitize aarch64
