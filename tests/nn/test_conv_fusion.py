@@ -98,6 +98,26 @@ def test_graphs(x: Tensor) -> None:
             assert torch.equal(torch.export.export(fused, (x,), strict=strict).module()(x), model(x))
 
 
+def test_a_layer_put_in_place_of_a_fused_one_is_not_passed_over(x: Tensor) -> None:
+    def put_another(model: Any) -> None:
+        model[2] = nn.Conv2d(4, 4, 3)
+
+    def take_away(model: Any) -> None:
+        del model[2]
+
+    model = packed(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), x)
+    for change in (put_another, take_away):
+        for called in (False, True):
+            fused = fused_to(model, "0", "2")
+            copied = copy.deepcopy(fused)
+            if called:
+                fused(x)
+            change(fused)
+            with pytest.raises(BantamweightError, match="layer '2' of a fused model is another one"):
+                fused(x)
+            assert torch.equal(copied(x), model(x))
+
+
 # ---- other calls --------------------------------------------------------------------------------
 
 

@@ -80,8 +80,15 @@ class PackedConvChain(nn.Module):
     layers, whose scales are dynamic.
     """
 
-    def __init__(self, steps: Sequence[Step], flat: bool, dropouts: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        flat: bool,
+        places: Sequence[tuple[dict[str, Any], str]],
+        dropouts: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
+        self._places = tuple(places)  # of each step's convolution: its parent's submodules, and its name there
         self._steps, self._flat = tuple(steps), flat
         self._dropouts = tuple(dropouts)  # between the steps; they do nothing in eval mode
         self.convolutions = nn.ModuleList(step.conv for step in steps if step.conv is not None)
@@ -113,8 +120,12 @@ class PackedConvChain(nn.Module):
             return self._run_layers(x)
         if self._seen is not None:
             return self._run_layers(x)
-        key = [conv._addresses for conv in self.convolutions]  # type: ignore[union-attr]
-        if key != self._key:
+        try:
+            key = [modules[name]._addresses for modules, name in self._places]
+        except (AttributeError, KeyError):  # another kind of layer, or none
+            key = None
+        if key is None or key != self._key:
+            self._check_layers()
             self._network, self._key = _C.ConvNetwork(self._describe()), key
         images, channels, h, w = x.shape
         status, *size = self._network.output_size(channels, h, w)
@@ -125,6 +136,16 @@ class PackedConvChain(nn.Module):
         if status:
             check_status(status, "a chain of packed convolutions")
         return y.flatten(1) if self._flat else y
+
+    def _check_layers(self) -> None:
+        """Whoever puts another layer into the model must not be answered by the one that was there."""
+        convolutions = (step.conv for step in self._steps if step.conv is not None)
+        for (modules, name), conv in zip(self._places, convolutions, strict=True):
+            if modules.get(name) is not conv or type(conv) is not PackedConv2d:
+                raise BantamweightError(
+                    f"layer {name!r} of a fused model is another one than when it was fused; change the packed model, "
+                    "and fuse that again"
+                )
 
     @property
     def has_int8_maps(self) -> bool:
@@ -163,6 +184,8 @@ class PackedConvChain(nn.Module):
 
     def _run_layers(self, x: Tensor) -> Tensor:
         """The way of graphs, of tensors that are more than a plain one, and of refusals."""
+        if not is_compiling():
+            self._check_layers()
         values: dict[Step | None, Tensor] = {None: x}
         y = x
         for step in self._steps:

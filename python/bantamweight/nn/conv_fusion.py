@@ -182,7 +182,16 @@ def _put_in(module: nn.Module, graph: Any, found: FoundChain) -> str:
     number = 0
     while hasattr(module, name := f"conv_chain_{number}"):
         number += 1
-    chain = PackedConvChain(found.steps, found.output in found.flat, found.dropouts)
+    places = {}
+    for layer in found.layers:
+        parent, _, own = layer.rpartition(".")
+        places[id(module.get_submodule(layer))] = (module.get_submodule(parent)._modules, own)
+    chain = PackedConvChain(
+        found.steps,
+        found.output in found.flat,
+        [places[id(step.conv)] for step in found.steps if step.conv is not None],
+        found.dropouts,
+    )
     vars(module)[name] = chain.train(module.training)
     with graph.inserting_after(found.nodes[-1]):
         # Not found.source, which may be the output of a chain that was put in before.
