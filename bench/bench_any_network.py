@@ -5,10 +5,10 @@
 One row a network of zoo.py. Columns: millions of weights (parameters of two dimensions or more; embedding tables
 apart); the share of them that sits in packed layers, and of the tables with `embeddings=bw.RoundToNearest(bits=8)`;
 the relative L2 error of the packed network's output on fresh inputs for each number of bits (8 rounded to nearest,
-fewer by GPFQ, transformers in groups of 128), and the same at 8 bits with tables; seconds of GPFQ; torch's time over the
-packed network's, one input, one thread, taken in turns; whether a saved and loaded network answers bit for bit alike.
-Below it, what stayed in float (the largest first) and why, and the last line of what was raised. A network whose package
-is missing is named in one sentence.
+fewer by GPFQ, transformers in groups of 128), and the same at 8 bits with tables; seconds of GPFQ; torch's time over
+the packed network's, for one input on one thread, taken in turns; whether a saved and loaded network answers bit for
+bit alike. Below it, what was raised, and what stayed in float (the largest first) and why. A network whose package is
+missing is named in one sentence.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from bantamweight.bench.timing import Turn, take_turns
 from bantamweight.nn import PackedEmbedding, SimulatedEmbedding
 from bantamweight.nn.layer import QuantizedLayer
 from torch import Tensor, nn
+from zoo_inputs import Inputs, call
 
 
 @dataclass(kw_only=True)
@@ -124,7 +125,7 @@ def measure(name: str, network: zoo.Network, bits: list[int], effort: Effort) ->
     fresh = network.inputs(16, 100)
 
     def answer(candidate: nn.Module) -> Tensor:
-        return network.output(zoo.call(candidate, fresh)).double()
+        return network.output(call(candidate, fresh)).double()
 
     expected = answer(model)
 
@@ -172,13 +173,11 @@ def config_of(bits: int, network: zoo.Network) -> Any:
     return bw.RoundToNearest(bits=8) if bits == 8 else bw.GPFQ(bits=bits, group_size=network.group_size)
 
 
-def quantize(model: nn.Module, config: Any, calibration: list[zoo.Inputs], **options: Any) -> nn.Module:
+def quantize(model: nn.Module, config: Any, calibration: list[Inputs], **options: Any) -> nn.Module:
     return bw.quantize(model, config, calibration=calibration, progress=False, **options)
 
 
-def with_tables(
-    row: Row, model: nn.Module, calibration: list[zoo.Inputs], error_of: Callable[[nn.Module], float]
-) -> None:
+def with_tables(row: Row, model: nn.Module, calibration: list[Inputs], error_of: Callable[[nn.Module], float]) -> None:
     nearest = bw.RoundToNearest(bits=8)
     packed = bw.pack(quantize(model, nearest, calibration, embeddings=nearest))
     row.table_share = quantized_weights(packed, "packed")[1] / 1e6 / row.tables
@@ -192,8 +191,8 @@ def loads_alike(packed: nn.Module, network: zoo.Network, answer: Callable[[nn.Mo
         return torch.equal(answer(bw.load(path, network.make())), answer(packed))
 
 
-def times_torch(model: nn.Module, packed: nn.Module, one: zoo.Inputs, seconds: float) -> float:
-    turns = [Turn(call=lambda m=m: zoo.call(m, one), pool="torch") for m in (model, packed)]
+def times_torch(model: nn.Module, packed: nn.Module, one: Inputs, seconds: float) -> float:
+    turns = [Turn(call=lambda m=m: call(m, one), pool="torch") for m in (model, packed)]
     for turn in turns:
         turn.call()
     theirs, ours = take_turns(turns, seconds, threads=1)
