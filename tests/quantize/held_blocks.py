@@ -105,6 +105,12 @@ class _Renamed(nn.Linear):
     """Computes what its base does."""
 
 
+def _iterated(layer: nn.Linear) -> nn.Linear:
+    """After one call in training mode, where the old spectral_norm finds the norm."""
+    layer.train()(torch.zeros(1, layer.in_features))
+    return layer.eval()
+
+
 @block("rows", "tokens")
 class OwnLinear(nn.Module):
     """Subclasses of nn.Linear, and layers whose weight is computed."""
@@ -120,7 +126,7 @@ class OwnLinear(nn.Module):
             "weight_norm": lambda: parametrizations.weight_norm(linear(width, width)),
             "old weight_norm": lambda: weight_norm(linear(width, width)),
             "spectral_norm": lambda: parametrizations.spectral_norm(linear(width, width)).eval(),
-            "old spectral_norm": lambda: spectral_norm(linear(width, width)).eval(),
+            "old spectral_norm": lambda: _iterated(spectral_norm(linear(width, width), n_power_iterations=20)),
             "orthogonal": lambda: parametrizations.orthogonal(linear(width, width)),
         }
         self.own = kinds[draw.pick("kind", *kinds)]()

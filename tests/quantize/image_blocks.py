@@ -236,5 +236,5 @@ class Layouts(nn.Module):
         if self.how == "size":
             return self.conv(x) if x.shape[0] > 6 else self.other(x).relu()
         if self.how == "value":
-            return self.conv(x) if x.mean() > 0 else self.other(x).tanh()
+            return self.conv(x) if x.abs().mean() > 0.01 else self.other(x).tanh()
         return self.other(self.conv(x.double()).float())

@@ -51,7 +51,7 @@ class Body(nn.Module):
         elif self.join != "none":
             x = x.mean(1 if self.join == "mean of tokens" else (2, 3))
         y = self.head(x)
-        return {"tensor": y, "dict": {"logits": y, "hidden": (x, None)}, "tuple": (y, [x.sum()])}[self.answer]
+        return {"tensor": y, "dict": {"logits": y, "hidden": (x, None)}, "tuple": (y, [x.abs().mean()])}[self.answer]
 
 
 class Single(Body):
