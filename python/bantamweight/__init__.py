@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported on first use, so that `import bantamweight` is cheap.
 _HOME = {
+    "Beacon": "quantize",
     "GPFQ": "quantize",
     "HERO": "train.hero",
     "QuantizedWeight": "weights",
@@ -31,6 +32,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Beacon",
     "GPFQ",
     "HERO",
     "QuantizedWeight",
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from .curvature import sensitivity
     from .io import load, read_header, save
     from .nn import pack, pack_
-    from .quantize import GPFQ, RoundToNearest, quantize, quantize_
+    from .quantize import GPFQ, Beacon, RoundToNearest, quantize, quantize_
     from .quantize.plan import plan
     from .train.hero import HERO
     from .weights import QuantizedWeight

@@ -7,6 +7,7 @@ works whichever of the two the name stands for at the time.
 import sys
 from types import ModuleType
 
+from .beacon import Beacon
 from .driver import preset, quantize, quantize_
 from .embedding_table import quantize_embedding
 from .gpfq import GPFQ
@@ -16,6 +17,7 @@ from .round_to_nearest import RoundToNearest
 
 __all__ = [
     "GPFQ",
+    "Beacon",
     "LayerReport",
     "LayerwiseMethod",
     "QuantizationReport",

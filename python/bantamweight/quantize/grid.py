@@ -18,7 +18,7 @@ ALPHABETS = ("symmetric", "full")
 
 # A channel or group of zeros gets this step: its codes then stand for nothing but rounding errors of zero. Its inverse
 # is finite, and the weights of a layer are brought to ordinary size before they meet it.
-_SMALLEST_STEP = 1e-30
+SMALLEST_STEP = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def candidate_grid(ranges: Tensor, chosen: Alphabet, factors: Sequence[float] | 
     """
     if not isinstance(factors, Tensor):
         factors = torch.tensor(list(factors), dtype=ranges.dtype, device=ranges.device).reshape(-1, 1, 1, 1)
-    scale = (factors * (ranges / chosen.half)).clamp_min(_SMALLEST_STEP)  # [candidates, problems, groups, columns]
+    scale = (factors * (ranges / chosen.half)).clamp_min(SMALLEST_STEP)  # [candidates, problems, groups, columns]
     scales = torch.cat([scale] * len(chosen.zeros))
     shifts = torch.cat([torch.full_like(scale, zero) for zero in chosen.zeros])
     return Grid(scale=_columns(scales), zero=_columns(shifts), levels=chosen.levels, group_size=group_size)

@@ -1,0 +1,208 @@
+"""Beacon: Zhang, Saab, "Post-Training Quantization with Integrated Grid Selection", 2025, arXiv:2508.20293.
+
+By GPFQ's authors. The codes of a neuron are those whose outputs X~ v have the largest cosine with the analog ones
+X w; the scale that goes with them is a quotient, so no step is searched for. The target is the analog network's
+output, so errors of earlier layers are made up for, as in Qronos (Zhang et al. 2025, arXiv:2505.11695).
+
+Where we differ from the paper: the descent may start from the codes of mismatch-corrected error feedback instead of
+a greedy pass; groups of inputs have scales of their own, each fitted to what the others leave; neurons of few inputs
+take the best of all combinations; even alphabets try every zero point; what serves a neuron best on held-out rows,
+rounding to nearest among it, is kept.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BantamweightError
+from .cosine_descent import best_of_all, cosine_descent, dead_inputs, shared_scale_descent
+from .gpfq import ORDERS, _STEPS, _TERNARY_STEPS
+from .grid import SMALLEST_STEP, Alphabet, Grid, sum_over_row_groups
+from .layer_problem import LayerProblem
+from .method import LayerResult, LayerwiseMethod, layer_result
+from .path_following import follow_aligned
+from .step_search import Solution, Solve, choose_columns, search_step
+
+STARTS = ("aligned", "greedy", "nearest")
+
+# Where a greedy pass starts: the weights in units of this share of the step that reaches the largest of them.
+_GREEDY_FACTORS = (0.45, 0.65, 0.85)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beacon(LayerwiseMethod):
+    """Codes and scales together by the cosine of the outputs (Zhang and Saab 2025, arXiv:2508.20293).
+
+    Attributes:
+        start: where the descent starts. ``"greedy"``: the paper's pass over the inputs. ``"aligned"``: `GPFQ`'s
+            mismatch-corrected error feedback with the step that is best on held-out rows. ``"nearest"``: rounding
+            to nearest, likewise.
+        order: ``"norm"`` visits a layer's inputs by descending ||X~_t||, ``"natural"`` as they stand.
+        sweeps: of coordinate descent over all inputs, at most.
+        damping: adds this fraction of the mean of H's diagonal to the diagonals of G and H, as if every input had
+            also been seen alone.
+        centered: compare the outputs less their means, which bias correction makes up for. Needs `bias_correction`.
+        steps: the candidates C of the steps to start from; None for the method's own.
+        The rest: see LayerwiseMethod. Where neurons share a scale (`rows_per_scale`, granularity ``"layer"``) sweeps
+        and the best common scale take turns, because the cosine of one neuron does not settle it.
+
+    Raises:
+        BantamweightError: a setting out of range; the sentence names it.
+
+    Example:
+        >>> Beacon(levels=3).scheme
+        'ternary'
+        >>> Beacon(bits=2, sweeps=8) == Beacon.from_json(Beacon(bits=2, sweeps=8).to_json())
+        True
+    """
+
+    start: str = "aligned"
+    order: str = "norm"
+    sweeps: int = 6
+    damping: float = 0.05
+    centered: bool = True
+
+    method: ClassVar[str] = "beacon"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value, allowed in (("start", self.start, STARTS), ("order", self.order, ORDERS)):
+            if value not in allowed:
+                raise BantamweightError(f"{name} is {value!r}, but must be one of {', '.join(allowed)}")
+        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 1:
+            raise BantamweightError(f"sweeps is {self.sweeps!r}, but must be a whole number from 1")
+        if not 0 <= self.damping < float("inf"):
+            raise BantamweightError(f"damping is {self.damping!r}, but must be a number from 0")
+
+    def quantize_layer(self, problem: LayerProblem, bias: Tensor | None) -> LayerResult:
+        outputs = problem.held_out_outputs()
+        weight = problem.weight
+        best = self._search(problem, outputs, self.grid_alphabet, self._nearest(weight), layer_range="largest")
+        kept = torch.zeros_like(best.errors, dtype=torch.bool)
+        cross, gram = self._damped(problem)
+        dead = dead_inputs(gram)[:, :, None]
+        for grid, codes in self._descents(problem, outputs, cross, gram):
+            # The data says nothing about an input that is zero throughout; new data may.
+            codes = torch.where(dead, grid.nearest(weight), codes)
+            errors = problem.squared_errors(grid, codes, outputs, corrected=self.bias_correction)
+            found = Solution(grid=grid, codes=codes, errors=errors)
+            take = self._of_choice(found.errors) < self._of_choice(best.errors)
+            best, kept = choose_columns(best, found, take), kept | take
+        notes = ()
+        if not bool(kept.all()):
+            notes = (f"{int((~kept).sum())} of {kept.numel()} neurons rounded to nearest, better on held-out rows",)
+        return layer_result(problem, best, outputs, bias, corrected=self.bias_correction, notes=notes)
+
+    def _descents(
+        self, problem: LayerProblem, outputs: Tensor, cross: Tensor, gram: Tensor
+    ) -> Iterator[tuple[Grid, Tensor]]:
+        """The grids and codes to choose among."""
+        weight, target = problem.weight, torch.bmm(cross, problem.weight)
+        order = None if self.order == "natural" else torch.argsort(problem.norms(), descending=True, stable=True)
+        for zero in self.grid_alphabet.zeros:
+            alphabet = Alphabet(levels=self.grid_alphabet.levels, zeros=(zero,))
+            if self._is_shared:
+                # The cosine pass has no start of its own here.
+                first = self._search(problem, outputs, alphabet, self._starter(weight, cross, gram, order))
+                yield shared_scale_descent(
+                    weight, cross, gram, first.grid, first.codes, rows_per_scale=self.rows_per_scale, sweeps=self.sweeps
+                )
+                continue
+            for grid, start in self._starts(problem, outputs, alphabet, cross, gram, order):
+                yield cosine_descent(target, gram, grid, start, order=order, sweeps=self.sweeps)
+            every = best_of_all(target, gram, alphabet.levels, zero) if self.group_size is None else None
+            if every is not None:
+                scale, codes = every
+                grid = Grid(
+                    scale=scale.clamp_min(SMALLEST_STEP),
+                    zero=torch.full_like(scale, zero),
+                    levels=alphabet.levels,
+                    group_size=problem.inputs,
+                )
+                yield grid, codes
+
+    def _starts(
+        self,
+        problem: LayerProblem,
+        outputs: Tensor,
+        alphabet: Alphabet,
+        cross: Tensor,
+        gram: Tensor,
+        order: Tensor | None,
+    ) -> Iterator[tuple[Grid, Tensor]]:
+        """Grids, and the values in steps from the zero point that the descent starts from."""
+        if self.start != "greedy":
+            first = self._search(problem, outputs, alphabet, self._starter(problem.weight, cross, gram, order))
+            yield first.grid, _steps(first.grid, first.codes)
+            return
+        for factor in self.steps or _GREEDY_FACTORS:
+            only = replace(self, steps=(factor,))
+            grid = only._search(problem, outputs, alphabet, lambda grid: grid.nearest(problem.weight)).grid
+            unit = Grid(scale=grid.scale, zero=torch.zeros_like(grid.zero), levels=2, group_size=grid.group_size)
+            yield grid, _divided(problem.weight, unit)
+
+    def _starter(self, weight: Tensor, cross: Tensor, gram: Tensor, order: Tensor | None) -> Solve:
+        if self.start == "nearest":
+            return self._nearest(weight)
+        return lambda grid: follow_aligned(weight, cross, gram, grid, order=order)
+
+    def _nearest(self, weight: Tensor) -> Solve:
+        return lambda grid: grid.nearest(weight.repeat(1, 1, grid.scale.shape[2] // weight.shape[2]))
+
+    def _search(
+        self,
+        problem: LayerProblem,
+        outputs: Tensor,
+        alphabet: Alphabet,
+        solve: Solve,
+        *,
+        layer_range: str = "mean",
+    ) -> Solution:
+        return search_step(
+            problem,
+            alphabet,
+            solve,
+            factors=self.steps or (_TERNARY_STEPS if alphabet.levels <= 4 else _STEPS),
+            granularity=self.step_granularity,
+            group_size=self.group_size_for(problem.inputs),
+            percentile=self.percentile,
+            rows_per_scale=self.rows_per_scale,
+            layer_range=layer_range,
+            corrected=self.bias_correction,
+            outputs=outputs,
+            refine=self.steps is None,
+        )
+
+    def _damped(self, problem: LayerProblem) -> tuple[Tensor, Tensor]:
+        cross, gram = problem.matrices(self.centered and self.bias_correction)
+        ridge = self.damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+        ridge = ridge[:, None, None] * torch.eye(problem.inputs, dtype=gram.dtype)
+        return cross + ridge, gram + ridge
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.rows_per_scale is not None or self.step_granularity == "layer"
+
+    def _of_choice(self, errors: Tensor) -> Tensor:
+        """Errors [problems, neurons], each summed over the neurons whose scale is the same."""
+        if self.step_granularity == "layer":
+            return errors.sum().expand_as(errors)
+        return errors if self.rows_per_scale is None else sum_over_row_groups(errors, self.rows_per_scale)
+
+
+def _steps(grid: Grid, codes: Tensor) -> Tensor:
+    """Codes less their zero points."""
+    return Grid(
+        scale=torch.ones_like(grid.scale), zero=grid.zero, levels=grid.levels, group_size=grid.group_size
+    ).values(codes)
+
+
+def _divided(weight: Tensor, grid: Grid) -> Tensor:
+    """Weights in units of their steps."""
+    parts = weight.clone()
+    for group, part in enumerate(parts.split(grid.group_size, dim=1)):
+        part.div_(grid.scale[:, group, None])
+    return parts
