@@ -32,9 +32,9 @@ _HOME = {
 }
 
 __all__ = [
-    "Beacon",
     "GPFQ",
     "HERO",
+    "Beacon",
     "QuantizedWeight",
     "RoundToNearest",
     "curvature",

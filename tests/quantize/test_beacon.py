@@ -73,6 +73,8 @@ def test_json_round_trip():
         ({"damping": -0.1}, "damping is -0.1"),
         ({"damping": float("nan")}, "damping is nan"),
         ({"bits": 5}, "bits is 5"),
+        ({"start": "greedy", "rows_per_scale": 4}, "start is 'greedy'.*aligned"),
+        ({"start": "greedy", "granularity": "layer"}, "start is 'greedy'.*aligned"),
     ],
 )
 def test_settings_out_of_range(settings: dict, sentence: str):
@@ -102,9 +104,7 @@ def test_no_single_change_betters_what_the_descent_ends_at(zero: float):
     problem = make_problem(d=7, neurons=6, rows=80)
     cross, gram = problem.matrices(centered=False)
     grid = grid_of(problem, 4, zero=zero)
-    grid, codes = cosine_descent.cosine_descent(
-        cross @ problem.weight, gram, grid, start_of(problem, grid), sweeps=50
-    )
+    grid, codes = cosine_descent.cosine_descent(cross @ problem.weight, gram, grid, start_of(problem, grid), sweeps=50)
     target = (cross @ problem.weight)[0].double()
 
     def squared_cosine(steps: Tensor) -> Tensor:
@@ -155,9 +155,7 @@ def test_each_group_has_the_scale_that_fits_best():
     problem = make_problem(d=50, neurons=4, rows=300)
     cross, gram = problem.matrices(centered=False)
     grid = grid_of(problem, 7, group_size=16)
-    grid, codes = cosine_descent.cosine_descent(
-        cross @ problem.weight, gram, grid, start_of(problem, grid), sweeps=100
-    )
+    grid, codes = cosine_descent.cosine_descent(cross @ problem.weight, gram, grid, start_of(problem, grid), sweeps=100)
     least = errors_of(problem, grid, codes)
     for group, factor in itertools.product(range(4), (0.98, 1.02)):
         scale = grid.scale.clone()

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..errors import BantamweightError
 from .cosine_descent import best_of_all, cosine_descent, dead_inputs, shared_scale_descent
-from .gpfq import ORDERS, _STEPS, _TERNARY_STEPS
+from .gpfq import _STEPS, _TERNARY_STEPS, ORDERS
 from .grid import SMALLEST_STEP, Alphabet, Grid, sum_over_row_groups
 from .layer_problem import LayerProblem
 from .method import LayerResult, LayerwiseMethod, layer_result
-from .path_following import follow_aligned
+from .path_following import follow_aligned, follow_gram
 from .step_search import Solution, Solve, choose_columns, search_step
 
 STARTS = ("aligned", "greedy", "nearest")
@@ -38,8 +38,8 @@ class Beacon(LayerwiseMethod):
 
     Attributes:
         start: where the descent starts. ``"greedy"``: the paper's pass over the inputs. ``"aligned"``: `GPFQ`'s
-            mismatch-corrected error feedback with the step that is best on held-out rows. ``"nearest"``: rounding
-            to nearest, likewise.
+            mismatch-corrected error feedback with the step that is best on held-out rows, or its plain path following
+            where the rows are fewer than twice the inputs. ``"nearest"``: rounding to nearest, likewise.
         order: ``"norm"`` visits a layer's inputs by descending ||X~_t||, ``"natural"`` as they stand.
         sweeps: of coordinate descent over all inputs, at most.
         damping: adds this fraction of the mean of H's diagonal to the diagonals of G and H, as if every input had
@@ -76,6 +76,11 @@ class Beacon(LayerwiseMethod):
             raise BantamweightError(f"sweeps is {self.sweeps!r}, but must be a whole number from 1")
         if not 0 <= self.damping < float("inf"):
             raise BantamweightError(f"damping is {self.damping!r}, but must be a number from 0")
+        if self.start == "greedy" and self._is_shared:
+            raise BantamweightError(
+                "start is 'greedy', which gives each neuron a scale of its own; with rows_per_scale or granularity "
+                "'layer' start from 'aligned' or 'nearest'"
+            )
 
     def quantize_layer(self, problem: LayerProblem, bias: Tensor | None) -> LayerResult:
         outputs = problem.held_out_outputs()
@@ -104,15 +109,20 @@ class Beacon(LayerwiseMethod):
         order = None if self.order == "natural" else torch.argsort(problem.norms(), descending=True, stable=True)
         for zero in self.grid_alphabet.zeros:
             alphabet = Alphabet(levels=self.grid_alphabet.levels, zeros=(zero,))
-            if self._is_shared:
-                # The cosine pass has no start of its own here.
-                first = self._search(problem, outputs, alphabet, self._starter(weight, cross, gram, order))
-                yield shared_scale_descent(
-                    weight, cross, gram, first.grid, first.codes, rows_per_scale=self.rows_per_scale, sweeps=self.sweeps
-                )
-                continue
-            for grid, start in self._starts(problem, outputs, alphabet, cross, gram, order):
-                yield cosine_descent(target, gram, grid, start, order=order, sweeps=self.sweeps)
+            if self.start == "greedy":
+                for grid, start in self._greedy_starts(problem, outputs, alphabet):
+                    yield cosine_descent(target, gram, grid, start, order=order, sweeps=self.sweeps)
+            else:
+                first = self._search(problem, outputs, alphabet, self._starter(problem, cross, gram, order))
+                grid, codes = first.grid, first.codes
+                yield grid, codes
+                if self._is_shared:
+                    shared = self.rows_per_scale
+                    yield shared_scale_descent(
+                        weight, cross, gram, grid, codes, rows_per_scale=shared, sweeps=self.sweeps
+                    )
+                    continue
+                yield cosine_descent(target, gram, grid, _steps(grid, codes), order=order, sweeps=self.sweeps)
             every = best_of_all(target, gram, alphabet.levels, zero) if self.group_size is None else None
             if every is not None:
                 scale, codes = every
@@ -124,30 +134,22 @@ class Beacon(LayerwiseMethod):
                 )
                 yield grid, codes
 
-    def _starts(
-        self,
-        problem: LayerProblem,
-        outputs: Tensor,
-        alphabet: Alphabet,
-        cross: Tensor,
-        gram: Tensor,
-        order: Tensor | None,
+    def _greedy_starts(
+        self, problem: LayerProblem, outputs: Tensor, alphabet: Alphabet
     ) -> Iterator[tuple[Grid, Tensor]]:
-        """Grids, and the values in steps from the zero point that the descent starts from."""
-        if self.start != "greedy":
-            first = self._search(problem, outputs, alphabet, self._starter(problem.weight, cross, gram, order))
-            yield first.grid, _steps(first.grid, first.codes)
-            return
+        """Grids, and the weights in units of their steps: off the grid until the first sweep has visited them."""
         for factor in self.steps or _GREEDY_FACTORS:
             only = replace(self, steps=(factor,))
-            grid = only._search(problem, outputs, alphabet, lambda grid: grid.nearest(problem.weight)).grid
-            unit = Grid(scale=grid.scale, zero=torch.zeros_like(grid.zero), levels=2, group_size=grid.group_size)
-            yield grid, _divided(problem.weight, unit)
+            grid = only._search(problem, outputs, alphabet, self._nearest(problem.weight)).grid
+            yield grid, _divided(problem.weight, grid)
 
-    def _starter(self, weight: Tensor, cross: Tensor, gram: Tensor, order: Tensor | None) -> Solve:
+    def _starter(self, problem: LayerProblem, cross: Tensor, gram: Tensor, order: Tensor | None) -> Solve:
+        weight = problem.weight
         if self.start == "nearest":
             return self._nearest(weight)
-        return lambda grid: follow_aligned(weight, cross, gram, grid, order=order)
+        # Aligned feedback needs many more rows than inputs; with few it fits the calibration data only.
+        follow = follow_aligned if problem.rows >= 2 * problem.inputs else follow_gram
+        return lambda grid: follow(weight, cross, gram, grid, order=order)
 
     def _nearest(self, weight: Tensor) -> Solve:
         return lambda grid: grid.nearest(weight.repeat(1, 1, grid.scale.shape[2] // weight.shape[2]))
