@@ -59,7 +59,8 @@ def test_class_methods_attributes_hooks_and_names_stay(x: Tensor) -> None:
     model.register_forward_hook(lambda *_: calls.append("model"))
     fused = fused_to(model, "a", "b")
     assert type(fused) is Net and fused.names == ["cat", "dog"]
-    assert torch.equal(fused.embed(x), model.embed(x)) and torch.equal(fused.first(x), model.first(x))
+    torch.testing.assert_close(fused.embed(x), model.embed(x))  # means over maps of another memory order
+    assert torch.equal(fused.first(x), model.first(x))
     assert list(fused.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fused.named_modules()] == [name for name, _ in model.named_modules()]
     calls.clear()

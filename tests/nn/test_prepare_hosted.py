@@ -85,7 +85,7 @@ def test_hosted(make: Callable[[], nn.Module], shape: tuple[int, ...], child: st
     module, x = make().eval(), torch.randn(shape)
     twin, expected, weights = copy.deepcopy(module), module(x), dict(module.named_parameters())
     kind, seen = type(module), []
-    found = prepare(module, run=lambda: module(x))
+    found = prepare(module, run=lambda module: module(x))
     assert set(found.records) == {""} and not found.left and isinstance(module, kind)
     getattr(module, child).register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(module(x), expected)
@@ -105,7 +105,7 @@ def test_hosted(make: Callable[[], nn.Module], shape: tuple[int, ...], child: st
         prepare_like(fresh, found.records)
         fresh.load_state_dict(module.state_dict(), assign=True)
         torch.testing.assert_close(fresh.eval()(x), expected)
-    assert not prepare(module, run=lambda: module(x)).records
+    assert not prepare(module, run=lambda module: module(x)).records
     module.bfloat16()
     assert module(x.bfloat16()).dtype == torch.bfloat16
 
@@ -116,7 +116,7 @@ def test_a_network_of_them_quantizes_and_packs() -> None:
     net.append(Scaled(16, 4))
     x = torch.randn(64, 3, 8, 8)
     expected = net(x)
-    prepare(net, run=lambda: net(x))
+    prepare(net, run=lambda net: net(x))
     small = bw.quantize(net, bw.GPFQ(bits=8), calibration=x, progress=False)
     names = {"0.inner", "3.inner", "3.a", "3.b", "4.inner", "5.inner"}
     assert {layer.name for layer in small.quantization.layers} == names
@@ -140,7 +140,7 @@ def test_a_table_with_a_scale_keeps_its_tie() -> None:
 
     net, ids = Language().eval(), torch.randint(0, 20, (3, 4))
     expected = net(ids)
-    prepare(net, run=lambda: net(ids))
+    prepare(net, run=lambda net: net(ids))
     torch.testing.assert_close(net(ids), expected)
     assert net.words.inner.weight is net.head.weight and net.words.inner.padding_idx == 1
     torch.testing.assert_close(F.linear(net.words(ids), net.words.weight), expected)  # read from outside
@@ -177,15 +177,15 @@ def test_what_does_not_suit_is_left_with_a_reason() -> None:
         (BothWays(6, 4), torch.randn(ROWS), "in several ways"),
     ):
         expected, kind = module(x), type(module)
-        found = prepare(module, run=lambda module=module, x=x: module(x))
+        found = prepare(module, run=lambda module, x=x: module(x))
         assert not found.records and match in found.left[""] and type(module) is kind
         assert torch.equal(module(x), expected) and isinstance(module.weight, nn.Parameter)
     net = nn.Sequential(Scaled(6, 4), Scaled(6, 4))
     assert all("pass run" in reason for reason in prepare(net).left.values())
-    found = prepare(net, run=lambda: net[0](torch.randn(ROWS)), skip=lambda name: name == "0")
+    found = prepare(net, run=lambda net: net[0](torch.randn(ROWS)), skip=lambda name: name == "0")
     assert found.left == {"1": "the data never reaches it"} and type(net[0]) is Scaled
 
-    def fails() -> None:
+    def fails(net: nn.Module) -> None:
         net[0](torch.randn(ROWS))
         raise KeyError("no data")
 
@@ -209,7 +209,7 @@ def test_one_odd_module_does_not_cost_the_others_their_child() -> None:
     net = nn.Sequential(Picky(), Scaled(4, 4))
     x = torch.randn(ROWS)
     expected = net(x)
-    assert set(prepare(net, run=lambda: net(x)).records) == {"1"}
+    assert set(prepare(net, run=lambda net: net(x)).records) == {"1"}
     torch.testing.assert_close(net(x), expected)
 
 
@@ -217,7 +217,7 @@ def test_one_odd_module_does_not_cost_the_others_their_child() -> None:
 def test_another_use_than_the_one_seen_is_served_in_float() -> None:
     reference = Moody(3, 4, 3).eval()
     module = copy.deepcopy(reference)
-    prepare(module, run=lambda: module(torch.randn(1, 3, 8, 8)))
+    prepare(module, run=lambda module: module(torch.randn(1, 3, 8, 8)))
     small = bw.quantize(module, bw.GPFQ(bits=8), calibration=torch.randn(8, 3, 8, 8), progress=False)
     for form in (module, small):
         for size in (8, 12):
@@ -227,14 +227,14 @@ def test_another_use_than_the_one_seen_is_served_in_float() -> None:
 
 def test_gradients_reach_the_children() -> None:
     module = Lora(6, 4)
-    prepare(module, run=lambda: module(torch.randn(ROWS)))
+    prepare(module, run=lambda module: module(torch.randn(ROWS)))
     module(torch.randn(ROWS)).sum().backward()
     assert module.inner.weight.grad is not None and module.inner.bias.grad is not None
 
 
 def test_a_tracer_is_told() -> None:
     module = nn.Sequential(Scaled(6, 4))
-    prepare(module, run=lambda: module(torch.randn(ROWS)))
+    prepare(module, run=lambda module: module(torch.randn(ROWS)))
     with pytest.raises(torch.fx.proxy.TraceError, match="PreparedScaled"):
         torch.fx.symbolic_trace(module)
 
@@ -276,7 +276,7 @@ def test_experts(way: str) -> None:
         pytest.skip("this torch has no grouped_mm")
     module, x = Experts(way), torch.randn(3, 64, 8)
     twin, expected, weight = copy.deepcopy(module), module(x), module.up.data
-    found = prepare(module, run=lambda: module(x))
+    found = prepare(module, run=lambda module: module(x))
     assert set(found.records) == {""} and not found.left
     assert [name for name, _ in module.named_parameters() if "up" in name] == [
         f"up_layers.{i}.weight" for i in range(3)
@@ -304,7 +304,7 @@ def test_experts_that_are_gathered_stay() -> None:
             return torch.bmm(x, self.up[torch.tensor([2, 0])])
 
     module = Gathered()
-    found = prepare(module, run=lambda: module(torch.randn(2, 4, 6)))
+    found = prepare(module, run=lambda module: module(torch.randn(2, 4, 6)))
     assert not found.records and found.left == {
         "up": "its own forward hands it to no product or lookup that a child computes"
     }

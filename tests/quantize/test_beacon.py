@@ -24,7 +24,7 @@ def make_problem(
     x = (z @ before).relu()
     x_tilde = (z @ (before + 0.15 * torch.randn(before.shape, generator=generator))).relu()
     x[:, :, list(dead)] = x_tilde[:, :, list(dead)] = 0
-    builder = ProblemBuilder("layer", torch.randn(problems, d, neurons, generator=generator), keep_rows=False)
+    builder = ProblemBuilder("layer", torch.randn(problems, d, neurons, generator=generator))
     builder.add(x[:, :rows], x_tilde[:, :rows], held_out=False)
     builder.add(x[:, rows:], x_tilde[:, rows:], held_out=True)
     return builder.finish()

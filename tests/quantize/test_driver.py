@@ -335,26 +335,32 @@ def test_weights_that_are_left_are_named():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.weight.sum()
+
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.randn(2, 10, 10))
-            self.mixed = nn.Linear(10, 10)
-            self.own, self.norm = Own(10, 10), nn.LayerNorm((4, 10))
+            self.scale = nn.Parameter(torch.ones(4, 10))
+            self.mixed, self.own, self.odd = nn.Linear(10, 10), Own(10, 10), Odd(10, 10)
+            self.norm = nn.LayerNorm((4, 10))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.own(self.norm(self.mixed(x.mean(0) @ self.w[0])))
+            return self.odd(self.own(self.norm(self.mixed(x @ self.w[0])) * self.scale))
 
     x = torch.randn(20, 4, 10)
     quantized = quantize(Experts(), FAST, calibration=x)
     report = quantized.quantization
-    assert [(layer.name, layer.weights) for layer in report.skipped] == [("w", 200), ("own", 100)]
-    assert report.share == 0.25 and report.weights == 400 and "25.0% of 400 weights" in str(report)
-    with pytest.raises(UnsupportedLayerError, match="layer 'w' is a Experts"):
+    assert [layer.name for layer in report.layers] == ["w_layers.0", "mixed", "own.inner"]
+    assert [(layer.name, layer.weights) for layer in report.skipped] == [("scale", 40), ("odd", 100), ("w_layers.1", 100)]
+    assert report.weights == 540 and report.share == 300 / 540 and "55.6% of 540 weights" in str(report)
+    with pytest.raises(UnsupportedLayerError, match="layer 'scale' is a PreparedExperts"):
         quantize(Experts(), FAST, calibration=x, strict=True)
-    with pytest.raises(UnsupportedLayerError, match="Own has a forward of its own"):
-        quantize(Experts(), FAST, calibration=x, strict=True, ignore=["w"])
-    quantize(Experts(), FAST, calibration=x, strict=True, ignore=["w", "own"])
+    with pytest.raises(UnsupportedLayerError, match="layer 'odd' is a Odd, .*its forward computes with it in another way"):
+        quantize(Experts(), FAST, calibration=x, strict=True, ignore=["scale"])
+    quantize(Experts(), FAST, calibration=x, strict=True, ignore=["scale", "odd"])
 
 
 def test_a_batchnorm_that_does_more_is_folded_and_a_kept_one_named(images: Tensor):

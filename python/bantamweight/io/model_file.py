@@ -14,14 +14,17 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..errors import BantamweightError, FormatError
 from ..nn.embedding import PackedEmbedding, SimulatedEmbedding
 from ..nn.layer import QuantizedLayer, change_form
-from ..nn.prepare import prepare_like
+from ..nn.prepare import SETTLED, prepare_like
+from ..nn.prepared.settle import settle_like
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
-from ..nn.surgery import become, replace
+from ..nn.surgery import become, replace, restored_on_error
 from ..nn.swap import pack_
 from ..weights import ConvGeometry, QuantizedWeight
 from .atomic import write_atomically
@@ -120,8 +123,10 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
     """
     if form not in ("packed", "simulated"):
         raise BantamweightError(f"form is {form!r}, but must be 'packed' or 'simulated'")
-    with Reader(path) as file:
+    with restored_on_error(model), Reader(path) as file:
         header = file.header
+        settle_like(model, [name for name, done in header.prepared.items() if done.get("kind") == SETTLED])
+        _make_room_for_biases(model, header)
         prepare_like(model, header.prepared)
         targets = _targets(model, header, path)
         expected = _expected_rest(model, header, path)
@@ -136,11 +141,9 @@ def load(path: str | os.PathLike[str], model: M, *, form: str = "packed") -> M:
     state = OrderedDict(rest)
     # What modules that count versions of their state read: without it they take a file for an old one.
     state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    for norm, into in header.folded.items():
-        become(model.get_submodule(norm), nn.Identity())
-        module: Any = model.get_submodule(into)
-        if into not in targets and module.bias is None:
-            module.bias = nn.Parameter(torch.zeros_like(module.weight.detach()[:, 0].flatten(1)[:, 0]))
+    for norm in header.folded:
+        if type(model.get_submodule(norm)) in _NORMS:
+            become(model.get_submodule(norm), nn.Identity())
     make_writable(model, set(targets.values()))
     model.load_state_dict(state, strict=False)  # the names were checked, both ways, before anything changed
     for name, layer in layers.items():
@@ -240,12 +243,21 @@ def _target(model: nn.Module, name: str, record: LayerRecord, path: object) -> n
     return module
 
 
+def _make_room_for_biases(model: nn.Module, header: ModelHeader) -> None:
+    """A layer that a BatchNorm was folded into has a bias, with or without one in make_model()."""
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    for into in header.folded.values():
+        module = modules.get(into)
+        if isinstance(module, nn.Linear | _ConvNd) and module.bias is None:
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            module.bias = nn.Parameter(module.weight.new_zeros(outputs))
+
+
 def _expected_rest(model: nn.Module, header: ModelHeader, path: object) -> dict[str, Tensor]:
     """The tensors that the file must hold beside those of its quantized layers, as the model has them."""
     state = model.state_dict()
-    folded: set[int] = set()
     for norm, into in header.folded.items():
-        for name, kinds in ((norm, _NORMS), (into, (nn.Module,))):
+        for name, kinds in ((norm, (*_NORMS, _BatchNorm)), (into, (nn.Module,))):
             try:
                 module = model.get_submodule(name)
             except AttributeError:
@@ -255,14 +267,11 @@ def _expected_rest(model: nn.Module, header: ModelHeader, path: object) -> dict[
                     f"{path}: BatchNorm {norm!r} was folded into {into!r}, but the model has no such pair; "
                     "pass the make_model() it was saved from"
                 )
-        folded.add(id(model.get_submodule(norm)))
+    # A subclass with a forward of its own stays where it was folded, with tensors that change nothing.
+    folded = {id(module) for module in map(model.get_submodule, header.folded) if type(module) in _NORMS}
     norms = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in folded]
     gone = tuple(_join(name, "") for name in (*header.layers, *header.same_layer, *norms))
     expected = {name: value for name, value in state.items() if not name.startswith(gone)}
-    for into in header.folded.values():
-        if into not in header.layers and into not in header.same_layer and _join(into, "weight") in state:
-            weight = state[_join(into, "weight")]
-            expected[_join(into, "bias")] = weight.new_empty(weight.shape[0], device="meta")
     for second, first in header.same_tensor.items():
         if first not in expected or second not in expected or expected[first].shape != expected[second].shape:
             raise FormatError(

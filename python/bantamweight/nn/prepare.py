@@ -5,6 +5,7 @@ convolution computes with the same products, but keeps their weights in paramete
 such module children of the plain kinds that hold its weights, and lets it compute with them.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import BantamweightError, FormatError
-from .prepared.attention import PreparedMultiheadAttention, leave_fast_paths
+from .fast_paths import leave_fast_paths
+from .prepared.attention import PreparedMultiheadAttention
 from .prepared.bag import PreparedEmbeddingBag
 from .prepared.base import PreparedModule, class_for, reason_to_leave
 from .prepared.convolution import PreparedConv1d
@@ -43,6 +45,8 @@ _FORMS: tuple[type[PreparedModule], ...] = (
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
+SETTLED = "settled"  # the kind of a tensor, not a module, that `settle_weights` made plain
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -61,13 +65,13 @@ def prepare(
     model: nn.Module,
     *,
     skip: Callable[[str], bool] = lambda name: False,
-    run: Callable[[], Any] | None = None,
+    run: Callable[[nn.Module], Any] | None = None,
 ) -> Prepared:
     """Rewrites, in place, every module of a kind that has a prepared form; each stays the same object.
 
     Args:
         skip: True for the names of modules to leave alone.
-        run: runs the model once on real data. While it does, modules with a forward of their own are observed: those
+        run: runs the model it is given (a copy, on which what the model keeps of the data stays) once. While it does, modules with a forward of their own are observed: those
             that hand a parameter to a product (a subclass of nn.Linear with a scale, say, or 3d weights of experts)
             are rewritten so that a child computes it. Without it they are left as they are.
 
@@ -113,6 +117,8 @@ def prepare_like(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> 
     forms = {form.kind: form for form in (*_FORMS, PreparedTransposedLinear, HostedModule)}
     planned: list[tuple[nn.Module, PreparedModule]] = []
     for name, record in records.items():
+        if record.get("kind") == SETTLED:  # done before BatchNorms were folded
+            continue
         try:
             module = model.get_submodule(name)
         except AttributeError:
@@ -138,7 +144,7 @@ def prepare_like(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> 
     leave_fast_paths(model)
 
 
-def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[], Any] | None, found: Prepared) -> None:
+def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[nn.Module], Any] | None, found: Prepared) -> None:
     """Observes the modules with a forward of their own, and rewrites those that suit."""
     modules = {name: (module, watched(module)) for name, module in model.named_modules() if not skip(name)}
     modules = {name: (module, names) for name, (module, names) in modules.items() if names and name not in found.left}
@@ -146,10 +152,10 @@ def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[], Any] 
     if run is None or not modules:
         found.left.update({name: "how its own forward uses its weight was not observed; pass run" for name in layers})
         return
-    seen = _seen(modules, run)
+    seen = _seen(model, {name: names for name, (_, names) in modules.items()}, run)
     if isinstance(seen, Exception):  # one odd module must not cost the plain ones their child
         modules = {name: modules[name] for name in layers}
-        seen = _seen(modules, run)
+        seen = _seen(model, {name: names for name, (_, names) in modules.items()}, run)
     if isinstance(seen, Exception):
         reason = f"its own forward cannot be observed ({type(seen).__name__}: {seen})"
         found.left.update({name: reason for name in layers})
@@ -171,12 +177,13 @@ def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[], Any] 
 
 
 def _seen(
-    modules: Mapping[str, tuple[nn.Module, list[str]]], run: Callable[[], Any]
+    model: nn.Module, parameters: Mapping[str, list[str]], run: Callable[[nn.Module], Any]
 ) -> dict[str, dict[str, list[Use | None]]] | Exception:
-    """What the modules did with their parameters in one run, or what the run raised."""
+    """What modules, by name, did with their parameters in one run of a copy, or what the run raised."""
+    scratch = copy.deepcopy(model)
     try:
-        with observed(modules) as seen:
-            run()
+        with observed({name: (scratch.get_submodule(name), keys) for name, keys in parameters.items()}) as seen:
+            run(scratch)
     except Exception as error:  # the user's code meets tensors of another class
         return error
     return seen

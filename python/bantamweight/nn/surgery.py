@@ -5,6 +5,8 @@ an attribute of one parent leaves all the others with the old one, and the netwo
 report names. So a layer is not exchanged: the object stays, and becomes another layer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -27,8 +29,8 @@ _EMPTY = frozenset(vars(nn.Module()))
 def become(old: nn.Module, new: M) -> M:
     """Makes `old` the layer that `new` is, and returns it; `new` itself is used up.
 
-    Kept of the old one: its identity, its hooks on calls, its mode, and the attributes that users put on it and that the
-    new layer does not have.
+    Kept of the old one: its identity, its hooks on calls, its mode, and the attributes that users put on it and that
+    the new layer does not have.
 
     Raises:
         UnsupportedLayerError: a class with __slots__, whose instances cannot change their class.
@@ -70,3 +72,25 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
             if child is old and parent is not new:
                 setattr(parent, name, new)
     return model
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Gives every module of the model its class and attributes back if what is done inside raises.
+
+    Values of tensors that were written into are not: this is for changes of structure.
+    """
+    kept = [(module, type(module), _attributes(module)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in kept:
+            module.__class__ = kind
+            state = vars(module)
+            state.clear()
+            state.update(attributes)
+        raise
+
+
+def _attributes(module: nn.Module) -> dict[str, object]:
+    return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}

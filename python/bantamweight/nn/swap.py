@@ -13,6 +13,7 @@ from ..errors import BantamweightError
 from ..ops.lowbit_linear import check_activations
 from ..patterns import fits
 from .embedding import PackedEmbedding, SimulatedEmbedding
+from .fast_paths import leave_fast_paths
 from .layer import QuantizedLayer, change_form
 from .packed import PackedConv2d, PackedLinear
 from .packed_layer import PackedLayer
@@ -100,7 +101,7 @@ def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
         kernel = layer.kernel if isinstance(layer, PackedLayer) else None
         records.append(PackedRecord(name=name, scheme=scheme, kernel=kernel, reason=reason))
     model.requires_grad_(False)
-    _leave_fast_paths(model)
+    leave_fast_paths(model)
     setattr(model, "packing", PackingReport(layers=tuple(records)))  # noqa: B010  (nn.Module types attributes as tensors)
     return model
 
@@ -179,12 +180,3 @@ def _layers_whose_weight_is_read(model: nn.Module) -> set[int]:
     # A prepared attention has a forward of its own, which does.
     kind = nn.MultiheadAttention
     return {id(m.out_proj) for m in model.modules() if isinstance(m, kind) and type(m).forward is kind.forward}
-
-
-def _leave_fast_paths(model: nn.Module) -> None:
-    """Keeps torch's transformer layers off the fused paths that read linear1.weight instead of calling linear1."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and isinstance(module.linear1, QuantizedLayer):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False

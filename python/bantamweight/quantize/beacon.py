@@ -20,11 +20,11 @@ from torch import Tensor
 from ..errors import BantamweightError
 from .cosine_descent import best_of_all, cosine_descent, dead_inputs, shared_scale_descent
 from .gpfq import _STEPS, _TERNARY_STEPS, ORDERS
-from .grid import SMALLEST_STEP, Alphabet, Grid, sum_over_row_groups
+from .grid import SMALLEST_STEP, Alphabet, Grid
 from .layer_problem import LayerProblem
 from .method import LayerResult, LayerwiseMethod, layer_result
-from .path_following import follow_aligned, follow_gram
-from .step_search import Solution, Solve, choose_columns, search_step
+from .path_following import GramPath, follow_aligned
+from .step_search import Solution, Solve, better, choose_columns, search_step
 
 STARTS = ("aligned", "greedy", "nearest")
 
@@ -94,7 +94,7 @@ class Beacon(LayerwiseMethod):
             codes = torch.where(dead, grid.nearest(weight), codes)
             errors = problem.squared_errors(grid, codes, outputs, corrected=self.bias_correction)
             found = Solution(grid=grid, codes=codes, errors=errors)
-            take = self._of_choice(found.errors) < self._of_choice(best.errors)
+            take = better(best, found, self.step_granularity, self.rows_per_scale)
             best, kept = choose_columns(best, found, take), kept | take
         notes = ()
         if not bool(kept.all()):
@@ -148,11 +148,16 @@ class Beacon(LayerwiseMethod):
         if self.start == "nearest":
             return self._nearest(weight)
         # Aligned feedback needs many more rows than inputs; with few it fits the calibration data only.
-        follow = follow_aligned if problem.rows >= 2 * problem.inputs else follow_gram
-        return lambda grid: follow(weight, cross, gram, grid, order=order)
+        if problem.rows < 2 * problem.inputs:
+            return GramPath(weight, cross, gram, order=order).follow
+        return lambda grid, neurons: follow_aligned(_of(weight, neurons), cross, gram, grid, order=order)
 
     def _nearest(self, weight: Tensor) -> Solve:
-        return lambda grid: grid.nearest(weight.repeat(1, 1, grid.scale.shape[2] // weight.shape[2]))
+        def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
+            part = _of(weight, neurons)
+            return grid.nearest(part.repeat(1, 1, grid.scale.shape[2] // part.shape[2]))
+
+        return solve
 
     def _search(
         self,
@@ -188,11 +193,9 @@ class Beacon(LayerwiseMethod):
     def _is_shared(self) -> bool:
         return self.rows_per_scale is not None or self.step_granularity == "layer"
 
-    def _of_choice(self, errors: Tensor) -> Tensor:
-        """Errors [problems, neurons], each summed over the neurons whose scale is the same."""
-        if self.step_granularity == "layer":
-            return errors.sum().expand_as(errors)
-        return errors if self.rows_per_scale is None else sum_over_row_groups(errors, self.rows_per_scale)
+
+def _of(weight: Tensor, neurons: Tensor | None) -> Tensor:
+    return weight if neurons is None else weight[:, :, neurons]
 
 
 def _steps(grid: Grid, codes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..nn import fold
 from ..nn.embedding import SimulatedEmbedding
 from ..nn.fast_paths import leave_fast_paths
 from ..nn.layer import QuantizedLayer
-from ..nn.prepare import prepare
+from ..nn.prepare import SETTLED, prepare
 from ..nn.prepared.settle import settle_weights
 from ..nn.simulated import SimulatedConv2d, SimulatedLinear
 from ..nn.surgery import become
@@ -125,7 +125,11 @@ def quantize(
         settled = settle_weights(analog)
         if fold_batchnorm:
             analog, _ = fold.fold_batchnorm(analog, batches[0].run)
-        prepared = prepare(analog, skip=lambda name: any(fits("ignore", pattern, name) for pattern in left_alone))
+        prepared = prepare(
+            analog,
+            skip=lambda name: any(fits("ignore", pattern, name) for pattern in left_alone),
+            run=batches[0].run,
+        )
         selection = select_layers(
             analog,
             config,
@@ -155,7 +159,8 @@ def quantize(
         for name, layer in selection.layers.items()
         if name not in run.reports
     ]
-    setattr(run.quantized, "prepared", {**prepared.records, **settled})  # noqa: B010  # for save
+    made_plain = {name: {"kind": SETTLED, "by": by} for name, by in settled.items()}
+    setattr(run.quantized, "prepared", {**made_plain, **prepared.records})  # noqa: B010  (nn.Module types attributes)
     run.quantized.quantization = QuantizationReport(  # type: ignore[assignment]
         config=config.to_json(),
         layers=tuple(run.reports.values()),

@@ -147,15 +147,6 @@ class PreparedMultiheadAttention(PreparedModule, nn.MultiheadAttention):
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def leave_fast_paths(model: nn.Module) -> None:
-    """Keeps torch's encoders with prepared attention off nested tensors, which only their fused path takes."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(part, PreparedMultiheadAttention) for part in module.modules()
-        ):
-            module.use_nested_tensor = False
-
-
 def _check_shapes(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[-1] != module.embed_dim:
         raise AssertionError(f"was expecting embedding dimension of {module.embed_dim}, but got {query.shape[-1]}")

@@ -4,7 +4,7 @@ Pruning masks, weight normalization (Salimans and Kingma 2016, arXiv:1602.07868)
 2018, arXiv:1802.05957) and every parametrization of torch serve training: a trained network needs only what comes out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,7 @@ def settle_weights(model: nn.Module) -> dict[str, str]:
     return settled
 
 
-def settle_like(model: nn.Module, settled: Mapping[str, str]) -> None:
+def settle_like(model: nn.Module, settled: Iterable[str]) -> None:
     """Does to a model from make_model() what `settle_weights` did to the one that was saved.
 
     A tensor that is plain already stays so: pruning, say, is done to a model after it was made.
