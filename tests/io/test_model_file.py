@@ -154,6 +154,237 @@ def test_a_half_precision_model_keeps_its_scales(tmp_path: Path) -> None:
     assert loaded.conv1.quantized.equals(net.conv1.quantized) and loaded.gain.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("form", ["packed", "simulated"])
+@torch.no_grad()
+def test_layers_take_the_dtype_of_those_they_replace(dtype: torch.dtype, form: str, saved: Path) -> None:
+    net = bw.load(saved, Net().to(dtype), form=form)
+    if form == "packed" and dtype == torch.float64:
+        assert net.conv1.weight.dtype == torch.float32  # packed layers take no float64
+        return
+    assert net.conv1.weight.dtype == net.kept.weight.dtype == net.gain.dtype == dtype
+    y, expected = net(X.to(dtype)), bw.load(saved, Net())(X)
+    assert y.dtype == dtype and (y - expected).float().norm() <= 0.05 * expected.norm()
+
+
+@torch.no_grad()
+def test_layers_are_filled_where_they_are(saved: Path) -> None:
+    class Wide(nn.Conv2d):
+        """A subclass, as models make to add a name or an initialization."""
+
+    net = Net()
+    net.conv1 = Wide(3, 8, 3, padding=1, bias=False)
+    net.head.of_user = "kept"  # type: ignore[assignment]
+    held, seen = [net.conv1, net.head, net.mix, net.bn1], []
+    net.head.register_forward_hook(lambda module, inputs, y: seen.append(type(module)))
+    loaded = bw.load(saved, net)
+    assert loaded is net and all(a is b for a, b in zip(held, (net.conv1, net.head, net.mix, net.bn1), strict=True))
+    assert [type(module) for module in held] == [PackedConv2d, PackedLinear, PackedLinear, nn.Identity]
+    assert torch.equal(loaded(X), bw.load(saved, Net())(X))
+    assert seen == [PackedLinear] and net.head.of_user == "kept"
+    lone = rounded(nn.Linear(6, 4), 16)
+    path = saved.parent / "lone.safetensors"
+    bw.save(lone, path)
+    layer = nn.Linear(6, 4)
+    assert bw.load(path, layer) is layer and isinstance(layer, PackedLinear)
+
+
+@torch.no_grad()
+def test_layers_of_the_other_form_are_filled_too(saved: Path) -> None:
+    expected = bw.load(saved, Net())
+    for form in ("packed", "simulated"):
+        other = bw.load(saved, bw.load(saved, Net(), form=form), form="packed")
+        assert torch.equal(other(X), expected(X)) and vars(other.conv1).keys() == vars(expected.conv1).keys()
+
+
+def test_one_layer_in_the_model_and_two_in_the_file(tmp_path: Path, saved: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = self.a if tied else nn.Linear(4, 4)
+
+    for quantized in (("a", "b"), ("a",)):
+        net = Pair(tied=False)
+        for name in quantized:
+            setattr(net, name, rounded(getattr(net, name), 16))
+        bw.save(net, tmp_path / "two.safetensors")
+        with pytest.raises(FormatError, match="'[ab]' and '[ab]' are one layer of Pair, but not of the saved model"):
+            bw.load(tmp_path / "two.safetensors", Pair(tied=True))
+    net = Pair(tied=True)
+    net.a = net.b = rounded(net.a, 16)  # type: ignore[assignment]
+    bw.save(net, tmp_path / "one.safetensors")
+    loaded = bw.load(tmp_path / "one.safetensors", Pair(tied=False))
+    assert loaded.a is loaded.b and loaded.a.quantized.equals(net.a.quantized)
+
+
+class Positions(nn.Module):
+    """Tensors of which a state dict, and so a file, holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.tied = self.norm.weight
+        self.register_buffer("ids", torch.arange(4), persistent=False)
+        self.steps = [torch.ones(2)]
+        self.offset = torch.ones(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(x)) * self.tied + self.ids * self.offset
+
+
+@torch.no_grad()
+def test_nothing_stays_on_the_meta_device(tmp_path: Path) -> None:
+    path, net = tmp_path / "model.safetensors", Positions().eval()
+    net.norm.weight.normal_()
+    net.fc = rounded(net.fc, 16)  # type: ignore[assignment]
+    bw.save(net, path)
+    with torch.device("meta"):
+        empty = Positions()
+    with pytest.raises(
+        FormatError, match=r"'steps', 'offset', 'ids' of Positions|'ids', 'steps', 'offset' of Positions"
+    ):
+        bw.load(path, empty)
+    assert type(empty.fc) is nn.Linear and empty.norm.weight.is_meta  # the model is as it was
+    # Weights on the meta device, and whatever is computed when the model is made on the CPU.
+    half = Positions().bfloat16()
+    for module in (half, half.norm, half.fc):
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = nn.Parameter(parameter.to("meta"))
+    half.tied = half.norm.weight
+    loaded = bw.load(path, half)
+    assert loaded.tied is loaded.norm.weight and loaded.norm.weight.dtype == torch.bfloat16
+    x = torch.randn(3, 4)
+    assert not any(value.is_meta for value in (*loaded.parameters(), *loaded.buffers()))
+    torch.testing.assert_close(loaded(x.bfloat16()).float(), net(x), rtol=0.1, atol=0.1)
+
+
+def test_a_model_without_shapes_is_refused(saved: Path) -> None:
+    net = Net()
+    net.head = nn.LazyLinear(5)
+    with pytest.raises(FormatError, match=r"'head.weight' of Net has no shape yet; run the model on an input once"):
+        bw.load(saved, net)
+
+
+def test_modules_that_count_versions_of_their_state(tmp_path: Path) -> None:
+    class Versioned(nn.Module):
+        _version = 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.read: list[int | None] = []
+
+        def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            self.read.append(metadata.get("version"))
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    net = Versioned()
+    net.norm.num_batches_tracked.fill_(7)  # type: ignore[union-attr]
+    net.fc = rounded(net.fc, 16)  # type: ignore[assignment]
+    bw.save(net, tmp_path / "model.safetensors")
+    loaded = bw.load(tmp_path / "model.safetensors", Versioned())
+    assert loaded.read == [2] and int(loaded.norm.num_batches_tracked) == 7
+
+
+class Holder(nn.Module):
+    def __init__(self, **buffers: torch.Tensor) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+
+def odd_buffers() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    found = {
+        "scalar": torch.tensor(3.5),
+        "bools": torch.tensor([True, False, True]),
+        "bytes": torch.tensor([-3, 7], dtype=torch.int8),
+        "words": torch.tensor([2**40, -1]),
+        "unsigned": torch.tensor([65535], dtype=torch.uint16),
+        "nothing": torch.empty(0, 3),
+        "wide": torch.randn(3, dtype=torch.float64),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "imaginary": torch.randn(3, dtype=torch.complex64).conj().imag,
+        "expanded": torch.randn(1, 3).expand(4, 3),
+        "strided": torch.randn(3, 6)[:, ::2],
+        "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "eighths": torch.randn(4).to(torch.float8_e4m3fn),
+        "fifths": torch.randn(4).to(torch.float8_e5m2),
+    }
+    return {**found, "tied": found["words"], "part": found["words"][:1]}
+
+
+def test_buffers_of_every_kind(tmp_path: Path) -> None:
+    path, net, other = tmp_path / "model.safetensors", Holder(**odd_buffers()), Holder(**odd_buffers())
+    net.fc = rounded(net.fc, 16)  # type: ignore[assignment]
+    bw.save(net, path)
+    assert bw.read_header(path).same_tensor == {"tied": "words"}
+    for name, value in other.named_buffers(recurse=False):
+        if name != "expanded":
+            value.copy_(torch.zeros_like(value))
+    loaded = bw.load(path, other)
+    for name, value in net.named_buffers(recurse=False, remove_duplicate=False):
+        ours = loaded.get_buffer(name)
+        assert ours.dtype == value.dtype and ours.shape == value.shape
+        plain = [t.resolve_conj().resolve_neg().contiguous().reshape(-1) for t in (ours, value)]
+        assert plain[0].view(torch.uint8).tolist() == plain[1].view(torch.uint8).tolist(), name
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.ones(3, dtype=torch.complex128), "odd is a Tensor of torch.complex128, but"),
+        (lambda: torch.eye(3).to_sparse(), "odd is a torch.sparse_coo Tensor of torch.float32, but"),
+        (lambda: torch.eye(3).to_sparse_csr(), "odd is a torch.sparse_csr Tensor"),
+        (lambda: torch.ones(3, device="meta"), "odd is a Tensor of torch.float32 on the meta device, but"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "odd is a nested Tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "odd is a .*Tensor of torch.qint8"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tensor_that_no_file_holds_is_named(make: Callable[[], torch.Tensor], says: str, tmp_path: Path) -> None:
+    net = Holder(odd=make())
+    net.fc = rounded(net.fc, 16)  # type: ignore[assignment]
+    with pytest.raises(BantamweightError, match=says):
+        bw.save(net, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    net = Holder()
+    net.fc, net.more = rounded(net.fc, 16), nn.LazyLinear(3)  # type: ignore[assignment]
+    with pytest.raises(BantamweightError, match=r"more.weight is a lazy UninitializedParameter"):
+        bw.save(net, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("form", ["packed", "simulated"])
+@torch.no_grad()
+def test_a_loaded_model_outlives_its_file(form: str, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(saved.read_bytes())
+    expected = bw.load(saved, Net(), form=form)(X)
+    with torch.device("meta"):
+        empty = Net()
+    loaded = [bw.load(path, Net(), form=form), bw.load(path, empty, form=form)]
+    with open(path, "r+b") as file:
+        file.truncate(0)
+    for net in loaded:
+        assert torch.equal(net(X), expected)
+        net.state_dict()["head.scale"].sum()
+
+
+def test_what_was_prepared_is_in_the_header(saved: Path, tmp_path: Path) -> None:
+    assert bw.read_header(saved).prepared == {} and b'"prepared"' not in saved.read_bytes()  # as files were before it
+    net = Holder()
+    net.fc = rounded(net.fc, 16)  # type: ignore[assignment]
+    net.prepared = {"fc": {"kind": "no such kind", "sizes": (1, 2)}}  # type: ignore[assignment]
+    path = tmp_path / "model.safetensors"
+    bw.save(net, path)
+    assert bw.read_header(path).prepared == {"fc": {"kind": "no such kind", "sizes": [1, 2]}}
+    with pytest.raises(FormatError, match="'no such kind', which this bantamweight does not know; upgrade it"):
+        bw.load(path, Holder())
+
+
 def write(path: Path, header: dict[str, Any], data: bytes) -> Path:
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -248,6 +479,8 @@ NAN = struct.pack("<f", float("nan"))
         (put("folded/head", "conv1"), "BatchNorm 'head' was folded into 'conv1'"),
         (put("folded/bn1", "conv9"), "BatchNorm 'bn1' was folded into 'conv9'"),
         (put("quantization", 3), "quantization is 3"),
+        (put("prepared", []), "prepared is [], but must be a JSON object"),
+        (put("prepared", {"head": 3}), "prepared['head'] is 3, but must be a JSON object"),
         (drop_layer, "lacks 'head.weight', which the model needs"),
         (rename_tensor, "lacks 'head.scale', which the model needs"),
         (fill("head.scale", NAN), "layer 'head': scale holds NaN or infinity"),
@@ -257,6 +490,7 @@ NAN = struct.pack("<f", float("nan"))
         (retype("head.codes", "I8"), "'head.codes' is I8 [5, 8], but its header calls for U8 [5, 8]"),
         (retype("head.scale", "I32"), "'head.scale' is I32 [5, 1], but its header calls for F32 [5, 1]"),
         (retype("gain", "I32"), "'gain' is I32 [8], but the model has torch.float32 [8]"),
+        (retype("steps", "U64"), "'steps' is U64 [2], but the model has torch.int64 [2]"),
         (retype("steps", "F64"), "'steps' is F64 [2], but the model has torch.int64 [2]"),
         (lambda table, header, data: table["gain"].update(shape=[2, 4]), "'gain' is F32 [2, 4], but the model has"),
         (lambda table, header, data: table["gain"].update(shape=[2**40]), "cannot be read as a safetensors file"),

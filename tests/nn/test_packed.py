@@ -151,7 +151,6 @@ def test_forms_load_each_others_state_dicts() -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def test_hooks_run() -> None:
     layer, x, seen = PackedLinear(weight(8, 16)), torch.randn(3, 16), []
     plain = layer(x)

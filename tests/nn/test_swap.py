@@ -56,6 +56,79 @@ def test_a_model_that_is_one_layer() -> None:
     packed = pack(simulated(torch.nn.Linear(6, 4)))
     assert isinstance(packed, PackedLinear) and packed.packing.layers[0].name == ""
     assert isinstance(unpack(packed), SimulatedLinear)
+    layer = simulated(torch.nn.Linear(6, 4))
+    assert pack_(layer) is layer and isinstance(layer, PackedLinear)
+
+
+class HeldElsewhere(torch.nn.Module):
+    """Its layers hang in a list, a dict, a second attribute and a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv = simulated(torch.nn.Linear(6, 6)), simulated(torch.nn.Conv2d(1, 2, 3, padding=1))
+        self.again, self.steps, self.by_name = self.first, [self.first], {"conv": self.conv}
+        first = self.first
+        self.last = lambda x: first(x)
+        self.first.scale_of_user = 3  # type: ignore[assignment]
+        self.seen: list[str] = []
+        self.first.register_forward_hook(lambda module, inputs, y: self.seen.append(type(module).__name__))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for step in self.steps:
+            x = step(x)
+        return self.by_name["conv"](self.last(self.again(x))[:, None, None])
+
+
+@torch.no_grad()
+def test_layers_change_where_they_are() -> None:
+    net, x = HeldElsewhere().eval(), torch.randn(3, 6)
+    expected, layer = net(x), net.first
+    pack_(net)
+    assert net.first is layer is net.again is net.steps[0] and isinstance(layer, PackedLinear)
+    assert isinstance(net.by_name["conv"], PackedConv2d) and len(net.packing.layers) == 2  # type: ignore[arg-type]
+    assert layer.scale_of_user == 3
+    net.seen.clear()
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-5)
+    assert net.seen == ["PackedLinear"] * 3
+    again = pack_(net, activations="int16")
+    assert again.first is layer and layer.activations == "int16" and net.packing.layers[0].kernel is not None
+
+
+def test_nothing_of_the_other_form_stays_on_a_layer() -> None:
+    for float_layer in (torch.nn.Linear(6, 4), torch.nn.Conv2d(2, 4, 3)):
+        layer = simulated(float_layer)
+        net = torch.nn.Sequential(layer)
+        packed = pack(net)
+        lone = pack(simulated(float_layer))
+        assert set(vars(packed[0])) == set(vars(lone)) - {"packing"}
+        assert packed[0].activation_bits == 8
+        back = unpack(packed)
+        assert set(vars(back[0])) == set(vars(simulated(float_layer)))
+        assert set(packed.state_dict()) == set(back.state_dict()) == set(net.state_dict())
+    w = simulated(torch.nn.Linear(6, 4)).quantized
+    assert pack(torch.nn.Sequential(SimulatedLinear(w, activation_bits=None)))[0].activation_bits == 8
+
+
+def test_parametrized_layers_stay_simulated() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            return 2 * bias
+
+    net = torch.nn.Sequential(simulated(torch.nn.Linear(6, 4)), simulated(torch.nn.Linear(4, 2)))
+    torch.nn.utils.parametrize.register_parametrization(net[0], "bias", Twice())
+    packed = pack_(net)
+    assert [record.kernel is None for record in packed.packing.layers] == [True, False]
+    assert packed.packing.layers[0].reason == "torch.nn.utils.parametrize changes its tensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_forms_keep_the_dtype(dtype: torch.dtype) -> None:
+    net = torch.nn.Sequential(simulated(torch.nn.Linear(6, 6)), torch.nn.LayerNorm(6)).to(dtype)
+    packed = pack(net)
+    assert packed[0].weight.dtype == unpack(packed)[0].weight.dtype == dtype
+    x = torch.randn(3, 6, dtype=dtype)
+    assert packed(x).dtype == unpack(packed)(x).dtype == dtype
 
 
 def test_a_layer_no_kernel_takes_stays_simulated_and_says_why() -> None:

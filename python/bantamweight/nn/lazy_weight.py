@@ -22,16 +22,27 @@ class LazyWeight(Tensor):
     Models ask a layer's weight for its dtype at every call, which must cost nothing; some also compute with it, which
     must be right. A view stays lazy; every other operation takes and gives plain tensors. It cannot be changed in
     place, because the codes that it stands for would not follow.
+
+    Example:
+        >>> from bantamweight import QuantizedWeight
+        >>> from bantamweight.nn import PackedLinear
+        >>> codes = torch.tensor([[0, 1, 2], [2, 1, 0]], dtype=torch.uint8)
+        >>> layer = PackedLinear(QuantizedWeight.from_codes(codes, 0.5, 1.0, levels=3))
+        >>> layer.weight
+        LazyWeight([2, 3], torch.float32)
+        >>> layer.weight + 1
+        tensor([[0.5000, 1.0000, 1.5000],
+                [1.5000, 1.0000, 0.5000]])
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     values: Callable[[], Tensor]
 
     @staticmethod
     def __new__(cls, values: Callable[[], Tensor], like: Tensor) -> "LazyWeight":
         """The tensor that `values` computes; `like` has its shape, strides and dtype, on any device."""
-        self = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device="cpu"
+        self = Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), like.storage_offset(), dtype=like.dtype, device=torch.device("cpu")
         )
         self.values = values
         return self

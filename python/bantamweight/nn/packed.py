@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any, Self
 
 import torch
-from torch import Tensor, empty, empty_strided, float32, nn
+from torch import Tensor, empty, empty_strided, float32, fx, nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportPrivateImportUsage]
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
@@ -99,8 +99,8 @@ class PackedLinear(PackedLayer):
         """y [..., out] in the dtype of the input [..., in], on the CPU; float32 for rounded rows.
 
         Raises:
-            BantamweightError: the input is not a float32, bfloat16 or float16 tensor on the CPU, requires a gradient, or
-                holds NaN or infinity.
+            BantamweightError: the input is not a float32, bfloat16 or float16 tensor on the CPU, requires a gradient,
+                or holds NaN or infinity.
         """
         if type(input) is not Tensor or is_compiling() or _get_tracing_state():
             return self._forward_rows(input) if isinstance(input, QuantizedRows) else self._forward_op(input)
@@ -358,3 +358,6 @@ def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y channels last, as the kernel wrote it, if x is, and contiguous if not, as torch's convolution answers."""
     strides = x.stride()
     return y if strides[-3] < strides[-1] and not x.is_contiguous() else y.contiguous()
+
+
+fx.wrap("_in_format_of")  # a proxy has no strides: a traced graph asks for them when it runs

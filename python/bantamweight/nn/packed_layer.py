@@ -144,8 +144,7 @@ class PackedLayer(QuantizedLayer):
                     f"the memory of {name} of {self.name_of_layer} was taken away; set {name} again"
                 )
         check_bias(bias, self.rows)
-        usual = bias is None or (type(bias) is Tensor and bias.dtype == torch.float32 and bias.is_contiguous())
-        if not usual or (bias is not None and (bias.requires_grad or bias.is_neg() or not bias.is_cpu)):
+        if bias is not None and not _is_plain(bias):
             bias = bias.detach().to("cpu", torch.float32).as_subclass(Tensor).contiguous().resolve_neg()
         if layout.data_ptr() % ALIGNMENT:
             layout = layout.clone()
@@ -191,6 +190,12 @@ class PackedLayer(QuantizedLayer):
     def describe(self) -> str:
         inputs = "" if self.activations == "int8" else f", {self.activations} inputs"
         return f"bias={self.bias is not None}, packed {self.scheme} {self.kernel}{inputs}"
+
+
+def _is_plain(bias: Tensor) -> bool:
+    """True for what a kernel can read as it lies."""
+    usual = type(bias) is Tensor and bias.dtype == torch.float32 and bias.is_cpu and bias.is_contiguous()
+    return usual and not bias.requires_grad and not bias.is_neg()
 
 
 def _is_cut(part: Tensor) -> bool:
