@@ -120,16 +120,16 @@ def test_no_single_change_betters_what_the_descent_ends_at(zero: float):
     assert torch.allclose(-reached, errors_of(problem, grid, codes)[0], rtol=1e-4)  # the scale is the best one
 
 
-@pytest.mark.parametrize("group_size", [None, 13])
+@pytest.mark.parametrize("group_size", [None, 50])
 @pytest.mark.parametrize("levels", [3, 4, 15, 255])
 def test_more_sweeps_never_make_the_error_larger(levels: int, group_size: int | None):
-    problem = make_problem(d=150, neurons=5, rows=400, problems=2)
+    problem = make_problem(d=132, neurons=3, rows=300)  # more than a block of inputs
     cross, gram = problem.matrices(centered=False)
     grid = grid_of(problem, levels, group_size=group_size)
     order = torch.argsort(problem.norms(), descending=True)
     before = errors_of(problem, grid, grid.nearest(problem.weight))
     power = float((problem.weight * (cross @ problem.weight)).sum())
-    for sweeps in range(1, 6):
+    for sweeps in (1, 2, 3):
         found, codes = cosine_descent.cosine_descent(
             cross @ problem.weight, gram, grid, start_of(problem, grid), order=order, sweeps=sweeps
         )
@@ -249,10 +249,10 @@ def test_whole_networks_with_depthwise_and_grouped_convolutions():
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
-        nn.Conv2d(8, 12, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 5),
+        nn.Conv2d(8, 12, 3, stride=2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 4, 5),
     ).eval()  # fmt: skip
     x = torch.randn(64, 3, 8, 8)
-    for settings in ({"levels": 3}, {"bits": 2}, {"bits": 4}):
+    for settings in ({"levels": 3}, {"bits": 4}):
         simulated = quantize(net, Beacon(**settings, activation_bits=8), calibration=x, progress=False)
         depthwise = {layer.name: layer.error for layer in simulated.quantization.layers}["3"]
         plain = quantize(net, GPFQ(**settings, activation_bits=8), calibration=x, progress=False)
