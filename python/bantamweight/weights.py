@@ -270,7 +270,9 @@ def conv_weight(matrix: Tensor, kh: int, kw: int) -> Tensor:
     o, k = matrix.shape
     if kh < 1 or kw < 1 or k % (kh * kw) != 0:
         raise BantamweightError(f"{k} columns do not split into a {kh}x{kw} kernel; pass the kernel size of the layer")
-    return matrix.reshape(o, kh, kw, k // (kh * kw)).permute(0, 3, 1, 2).contiguous()
+    weight = matrix.reshape(o, kh, kw, k // (kh * kw)).permute(0, 3, 1, 2)
+    # A 1x1 kernel counts as contiguous whatever its strides are, but torch takes channels-last ones for a wish.
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def _per_group(value: Tensor | float, n: int, groups: int, device: torch.device) -> Tensor:

@@ -38,10 +38,10 @@ def make_model():
 class Odd(Net):
     def __init__(self):
         super().__init__()
-        self.up = nn.ConvTranspose2d(2, 2, 3, padding=1)
+        self.up = nn.Conv3d(1, 1, 3, padding=1)
 
     def forward(self, x):
-        return super().forward(x + self.up(x))
+        return super().forward(x + self.up(x[:, None])[:, 0])
 
 def make_odd():
     return Odd()
@@ -209,11 +209,11 @@ def test_a_drop_of_just_max_drop_is_met(job, capsys, monkeypatch):
 def test_an_unsupported_layer_is_reported_or_refused(job, capsys):
     write_job("make_odd")
     odd = {"model": "net.py:make_odd"}
-    assert "layer 'up' is a ConvTranspose2d" in refused(capsys, arguments("--strict", **odd))
+    assert "layer 'up' is a Conv3d" in refused(capsys, arguments("--strict", **odd))
     assert not os.path.exists("out")
     assert main(arguments(**odd)) == 0
     assert "up stays in float" in capsys.readouterr().out
-    assert report()["skipped"] == {"up": "a ConvTranspose2d cannot be quantized"}
+    assert report()["skipped"] == {"up": "a Conv3d cannot be quantized"}
 
 
 def test_constant_and_zero_inputs_work(job):

@@ -93,7 +93,9 @@ def test_feature_maps_are_equal_to_the_last_bit() -> None:
     assert names == ["first", "second", "third"]
     y = fused(x)
     assert torch.equal(y, model(x))
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.is_contiguous() and fused(x.to(memory_format=torch.channels_last)).is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from .. import _C
 from ..errors import BantamweightError, CalibrationError
 from ..ops.lowbit_linear import check_status
-from .packed import PackedConv2d
+from .packed import PackedConv2d, in_format_of
 
 
 @dataclass(eq=False, kw_only=True)
@@ -70,8 +70,8 @@ class PackedConvChain(nn.Module):
     """Packed convolutions and the ReLUs, residual sums and poolings between them; `nn.fuse` makes it.
 
     A few images at a time run through the whole chain in memory that is kept between calls, so feature maps stay in
-    the caches. Outputs equal those of the single layers (an average over pixels up to float rounding) and are channels
-    last.
+    the caches. Outputs equal those of the single layers (an average over pixels up to float rounding), and are channels last
+    where the input is.
 
     After `use_int8_maps` the maps inside the chain are int8 with one scale a map, known from calibration data (Jacob
     et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, arXiv
@@ -135,7 +135,7 @@ class PackedConvChain(nn.Module):
         status = self._network.forward(x.data_ptr(), images, channels, h, w, *x.stride(), y.data_ptr())
         if status:
             check_status(status, "a chain of packed convolutions")
-        return y.flatten(1) if self._flat else y
+        return y.flatten(1) if self._flat else in_format_of(x, y)
 
     def _check_layers(self) -> None:
         """Whoever puts another layer into the model must not be answered by the one that was there."""

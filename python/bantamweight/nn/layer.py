@@ -71,6 +71,12 @@ class QuantizedLayer(nn.Module):
     activation_bits: int | None  # 8 where inputs are rounded as `activations` says
     activations: str = "int8"  # how a linear layer's kernel rounds its inputs: "int8", "int8-block" or "int16"
 
+    like: nn.Parameter  # without entries: models ask their first parameter for a dtype and a device
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("like", nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False))
+
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight in canonical form."""
@@ -94,6 +100,7 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "like"]
         for name, tensor in canonical_tensors(self.quantized).items():
             destination[prefix + name] = tensor
 
@@ -116,6 +123,7 @@ class QuantizedLayer(nn.Module):
             except BantamweightError as error:
                 error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in CANONICAL}}
+        rest[prefix + "like"] = self.like
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
@@ -169,6 +177,8 @@ def change_form(layer: nn.Module, form: L) -> L:
         if issubclass(kind, QuantizedLayer):
             for name in inspect.get_annotations(kind):  # what a class declares is its own, the rest is the user's
                 vars(layer).pop(name, None)
+    if isinstance(layer, QuantizedLayer) and isinstance(form, QuantizedLayer):
+        form.like = layer.like
     return become(layer, form)
 
 

@@ -285,7 +285,7 @@ class PackedConv2d(Conv2dAttributes, PackedLayer):
                 kernel, requires a gradient, or holds NaN or infinity.
         """
         if type(input) is not Tensor or self.padding_mode != "zeros" or is_compiling() or _get_tracing_state():
-            return _in_format_of(input, self._forward_general(input))
+            return in_format_of(input, self._forward_general(input))
         if input.requires_grad and torch.is_grad_enabled():
             self.refuse_gradient()
         # As in PackedLinear: a small image takes the kernel a few microseconds.
@@ -295,7 +295,7 @@ class PackedConv2d(Conv2dAttributes, PackedLayer):
             layout, layout_bytes, bias = self._addresses
         shape, (channels, extra_h, stride_h, extra_w, stride_w) = input.shape, self._sizes
         if len(shape) != 4 or shape[1] != channels or input.dtype is not float32 or not input.is_cpu or input.is_neg():
-            return _in_format_of(input, run_conv2d(input, self.layout, self.bias, self._described))
+            return in_format_of(input, run_conv2d(input, self.layout, self.bias, self._described))
         images, _, h, w = shape
         n, oh, ow = self.out_channels, (h + extra_h) // stride_h, (w + extra_w) // stride_w
         if oh < 1 or ow < 1 or h < 1 or w < 1:
@@ -354,10 +354,10 @@ class PackedConv2d(Conv2dAttributes, PackedLayer):
         return f"{self._words()}, {self.describe()}"
 
 
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y channels last, as the kernel wrote it, if x is, and contiguous if not, as torch's convolution answers."""
     strides = x.stride()
     return y if strides[-3] < strides[-1] and not x.is_contiguous() else y.contiguous()
 
 
-fx.wrap("_in_format_of")  # a proxy has no strides: a traced graph asks for them when it runs
+fx.wrap("in_format_of")  # a proxy has no strides: a traced graph asks for them when it runs

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -91,6 +92,8 @@ def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
             reason = "the module above it reads its float weight"
         elif is_parametrized(layer):
             reason = "torch.nn.utils.parametrize changes its tensors"
+        elif isinstance(layer, SimulatedLinear | SimulatedConv2d) and layer.weight.dtype == torch.float64:
+            reason = "its numbers are float64, which no kernel takes; convert the model with .float()"
         elif isinstance(layer, SimulatedLayer) or mode != layer.activations:
             try:
                 change_form(layer, _packed(layer, mode))
