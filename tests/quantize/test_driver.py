@@ -184,6 +184,29 @@ def test_batches_that_call_layers_in_another_order():
     assert all(layer.error < 0.02 for layer in report.layers)
 
 
+def test_layers_that_get_other_rows_in_the_quantized_network():
+    class Routes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(8, 3, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen, y = self.router(x).argmax(-1), torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                y[chosen == index] = expert(x[chosen == index])
+            return y
+
+    torch.manual_seed(0)
+    model, x = Routes().eval(), torch.randn(300, 8)
+    coarse = {"router": RoundToNearest(levels=3)}  # which sends many rows to other experts
+    quantized = quantize(model, GPFQ(bits=8), calibration=[x], overrides=coarse)
+    assert [layer.name for layer in quantized.quantization.layers][1:] == [f"experts.{i}" for i in range(3)]
+    assert all(layer.error < 0.02 for layer in quantized.quantization.layers[1:])
+    for expert, original in zip(quantized.experts, model.experts, strict=True):
+        assert float((expert.weight - original.weight).norm() / original.weight.norm()) < 0.02
+
+
 def test_who_holds_a_layer_holds_the_quantized_one(images: Tensor):
     class Held(nn.Module):
         def __init__(self) -> None:
@@ -356,11 +379,12 @@ def test_weights_that_are_left_are_named():
     assert [layer.name for layer in report.layers] == ["w_layers.0", "mixed", "own.inner"]
     assert [(layer.name, layer.weights) for layer in report.skipped] == [("scale", 40), ("odd", 100), ("w_layers.1", 100)]
     assert report.weights == 540 and report.share == 300 / 540 and "55.6% of 540 weights" in str(report)
-    with pytest.raises(UnsupportedLayerError, match="layer 'scale' is a PreparedExperts"):
+    assert "its forward computes with it in another way" in report.skipped[1].reason
+    with pytest.raises(UnsupportedLayerError, match="layer 'w' is a Experts"):
         quantize(Experts(), FAST, calibration=x, strict=True)
-    with pytest.raises(UnsupportedLayerError, match="layer 'odd' is a Odd, .*its forward computes with it in another way"):
-        quantize(Experts(), FAST, calibration=x, strict=True, ignore=["scale"])
-    quantize(Experts(), FAST, calibration=x, strict=True, ignore=["scale", "odd"])
+    with pytest.raises(UnsupportedLayerError, match="layer 'own' is a Own, .* was not observed"):
+        quantize(Experts(), FAST, calibration=x, strict=True, ignore=["w", "scale"])
+    quantize(Experts(), FAST, calibration=x, strict=True, ignore=["w", "scale", "own", "odd"])
 
 
 def test_a_batchnorm_that_does_more_is_folded_and_a_kept_one_named(images: Tensor):

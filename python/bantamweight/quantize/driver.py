@@ -87,7 +87,8 @@ def quantize(
         resume: a folder to keep finished layers in; the same call goes on where an earlier one was stopped and gives
             the same result.
         strict: refuse a model with weights (parameters of two dimensions or more) that cannot be quantized, instead of
-            leaving them in float.
+            leaving them in float. A layer with a forward of its own is quantized as the first calibration batch uses
+            it, and computed in float where another batch uses it otherwise: strict refuses that too.
         progress: a progress bar, if standard error is a terminal.
         max_memory: bytes of activations to keep at most.
 
@@ -128,7 +129,7 @@ def quantize(
         prepared = prepare(
             analog,
             skip=lambda name: any(fits("ignore", pattern, name) for pattern in left_alone),
-            run=batches[0].run,
+            run=None if strict else batches[0].run,
         )
         selection = select_layers(
             analog,

@@ -108,7 +108,7 @@ def walk(
         "one pass", or "replay" where the activations of all batches outgrow `max_memory` bytes.
     """
     networks = (_Network(analog, layers), _Network(quantized, counterparts(quantized, layers)))
-    state = sum(buffer.nbytes for buffer in analog.buffers())
+    state = sum(_bytes_of(buffer) for buffer in analog.buffers())
     one_pass = 2 * len(batches) <= _MOST_PASSES and 2 * (seen.live_bytes + len(batches) * state) <= max_memory
     waiting = {name for name in seen.order if one_pass and seen.most_calls(name) == 1}
     passes = [tuple(network.start(batch, waiting.__contains__) for network in networks) for batch in batches]
@@ -181,7 +181,19 @@ def _streams(
             continue
         analog, quantized = (step(index, stream, network, batch, calls) for stream, network in enumerate(networks))
         for x, x_tilde in zip(analog, quantized, strict=False):  # control flow on values may end one earlier
-            yield x, x if torch.equal(x, x_tilde) else x_tilde, batch.held_out
+            x_tilde = x if torch.equal(x, x_tilde) else x_tilde
+            yield x if _correspond(x, x_tilde) else x_tilde, x_tilde, batch.held_out
+
+
+def _correspond(x: Tensor, x_tilde: Tensor) -> bool:
+    """Whether the rows are the same ones in both networks.
+
+    A network that routes (experts, say) may send other tokens to a layer once it is quantized. Then the analog inputs
+    say nothing about these, and the layer is calibrated on the quantized network's alone.
+    """
+    if x is x_tilde:
+        return True
+    return x.shape == x_tilde.shape and bool((x_tilde - x).norm() <= x.norm())
 
 
 def _merge(order: list[str], calls: list[str]) -> None:
@@ -212,8 +224,13 @@ class _Alive:
 
     def add(self, value: Any) -> None:
         for tensor in tensors_in(value):
-            self.tensors[id(tensor)] = ref(tensor), tensor.nbytes
+            self.tensors[id(tensor)] = ref(tensor), _bytes_of(tensor)
 
     def measure(self) -> None:
         self.tensors = {key: entry for key, entry in self.tensors.items() if entry[0]() is not None}
         self.most = max(self.most, sum(size for _, size in self.tensors.values()))
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Of its entries, as if they were all there: sparse and nested tensors do not say what they take."""
+    return tensor.numel() * tensor.element_size()
