@@ -88,7 +88,9 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     """The network inside DataParallel, DistributedDataParallel and torch.compile's module, whose forward tells more."""
     while True:
         inner = model._modules.get("_orig_mod") or model._modules.get("module")
-        wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules
+        wraps = (
+            isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or "_orig_mod" in model._modules
+        )
         if inner is None or not wraps:
             return model
         model = inner
@@ -114,7 +116,11 @@ class _Signature:
             return (), dict(batch)
         if isinstance(batch, Tensor):
             return (batch,), {}
-        if not isinstance(batch, list | tuple) or not batch or not isinstance(batch[0], Tensor | list | tuple | Mapping):
+        if (
+            not isinstance(batch, list | tuple)
+            or not batch
+            or not isinstance(batch[0], Tensor | list | tuple | Mapping)
+        ):
             raise CalibrationError(
                 f"a calibration batch is a {type(batch).__name__}, but must be a tensor, a tuple that starts with "
                 "tensors, or a dict of keyword arguments; convert numpy arrays with torch.from_numpy"

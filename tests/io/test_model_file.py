@@ -160,7 +160,9 @@ def test_a_half_precision_model_keeps_its_scales(tmp_path: Path) -> None:
 def test_layers_take_the_dtype_of_those_they_replace(dtype: torch.dtype, form: str, saved: Path) -> None:
     net = bw.load(saved, Net().to(dtype), form=form)
     if form == "packed" and dtype == torch.float64:
-        assert "float64, which no kernel takes" in net.packing.layers[0].reason and isinstance(net.conv1, SimulatedConv2d)
+        assert "float64, which no kernel takes" in net.packing.layers[0].reason and isinstance(
+            net.conv1, SimulatedConv2d
+        )
     assert net.conv1.weight.dtype == net.kept.weight.dtype == net.gain.dtype == dtype
     y, expected = net(X.to(dtype)), bw.load(saved, Net())(X)
     assert y.dtype == dtype and (y - expected).float().norm() <= 0.05 * expected.norm()
@@ -208,7 +210,7 @@ def test_one_layer_in_the_model_and_two_in_the_file(tmp_path: Path, saved: Path)
         for name in quantized:
             setattr(net, name, rounded(getattr(net, name), 16))
         bw.save(net, tmp_path / "two.safetensors")
-        with pytest.raises(FormatError, match="'[ab]' and '[ab]' are one layer of Pair, but not of the saved model"):
+        with pytest.raises(FormatError, match=r"'[ab]' and '[ab]' are one layer of Pair, but not of the saved model"):
             bw.load(tmp_path / "two.safetensors", Pair(tied=True))
     net = Pair(tied=True)
     net.a = net.b = rounded(net.a, 16)  # type: ignore[assignment]

@@ -377,12 +377,16 @@ def test_weights_that_are_left_are_named():
     quantized = quantize(Experts(), FAST, calibration=x)
     report = quantized.quantization
     assert [layer.name for layer in report.layers] == ["w_layers.0", "mixed", "own.inner"]
-    assert [(layer.name, layer.weights) for layer in report.skipped] == [("scale", 40), ("odd", 100), ("w_layers.1", 100)]
+    assert [(layer.name, layer.weights) for layer in report.skipped] == [
+        ("scale", 40),
+        ("odd", 100),
+        ("w_layers.1", 100),
+    ]
     assert report.weights == 540 and report.share == 300 / 540 and "55.6% of 540 weights" in str(report)
     assert "its forward computes with it in another way" in report.skipped[1].reason
     with pytest.raises(UnsupportedLayerError, match="layer 'w' is a Experts"):
         quantize(Experts(), FAST, calibration=x, strict=True)
-    with pytest.raises(UnsupportedLayerError, match="layer 'own' is a Own, .* was not observed"):
+    with pytest.raises(UnsupportedLayerError, match=r"layer 'own' is a Own, .* was not observed"):
         quantize(Experts(), FAST, calibration=x, strict=True, ignore=["w", "scale"])
     quantize(Experts(), FAST, calibration=x, strict=True, ignore=["w", "scale", "own", "odd"])
 
@@ -393,7 +397,9 @@ def test_a_batchnorm_that_does_more_is_folded_and_a_kept_one_named(images: Tenso
             return torch.relu(super().forward(x))
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), Acts(8), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 3, groups=2), nn.BatchNorm2d(4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Acts(8), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 3, groups=2), nn.BatchNorm2d(4)
+    )
     for norm in (model[1], model[2], model[4]):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.2, 4)

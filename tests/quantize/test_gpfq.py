@@ -315,7 +315,9 @@ def test_zero_weights_zero_inputs_and_a_constant_input():
 
 
 @pytest.mark.parametrize("collect", ["gram", "rows"])
-@pytest.mark.parametrize(("weights", "inputs"), [(1e-13, 1.0), (1e30, 1e-22), (1e-25, 1e25), (3e-38, 1e30), (1e15, 1.0)])
+@pytest.mark.parametrize(
+    ("weights", "inputs"), [(1e-13, 1.0), (1e30, 1e-22), (1e-25, 1e25), (3e-38, 1e30), (1e15, 1.0)]
+)
 def test_numbers_of_any_size(collect: str, weights: float, inputs: float):
     """The codes are those of the same problem in ordinary units, and so are error, weight and bias, scaled."""
     problem, x, x_tilde = make_problem(d=24, neurons=8, rows=200, offset=0.3, keep_rows=collect == "rows")
@@ -336,7 +338,7 @@ def test_numbers_of_any_size(collect: str, weights: float, inputs: float):
 
 
 def test_a_neuron_far_smaller_than_its_neighbours_keeps_its_weights():
-    problem, x, x_tilde = make_problem(d=24, neurons=8, rows=200)
+    problem, _, _ = make_problem(d=24, neurons=8, rows=200)
     problem.weight[:, :, 3] *= 1e-24
     result = GPFQ(bits=8).quantize_layer(problem, None)
     row, expected = result.weight.dequantize()[3], problem.weight[0, :, 3]

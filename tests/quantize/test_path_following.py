@@ -11,8 +11,8 @@ from bantamweight.quantize.path_following import (
     follow_aligned,
     follow_gram,
     follow_samples,
-    in_order,
     gram_is_cheaper,
+    in_order,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st

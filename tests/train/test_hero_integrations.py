@@ -1,7 +1,7 @@
 """HERO among its neighbours: GradScaler, autocast, torch.compile, attention, DistributedDataParallel."""
 
-import os
 import copy
+import os
 import socket
 
 import pytest

@@ -70,8 +70,8 @@ class PackedConvChain(nn.Module):
     """Packed convolutions and the ReLUs, residual sums and poolings between them; `nn.fuse` makes it.
 
     A few images at a time run through the whole chain in memory that is kept between calls, so feature maps stay in
-    the caches. Outputs equal those of the single layers (an average over pixels up to float rounding), and are channels last
-    where the input is.
+    the caches. Outputs equal those of the single layers (an average over pixels up to float rounding), and are
+    channels last where the input is.
 
     After `use_int8_maps` the maps inside the chain are int8 with one scale a map, known from calibration data (Jacob
     et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018, arXiv

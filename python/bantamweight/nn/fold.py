@@ -87,7 +87,9 @@ def _traced_pairs(model: nn.Module) -> dict[str, str] | None:
     try:
         graph = LayerTracer().trace(scratch)
     except Exception as error:  # whatever the model's own forward raises when it meets a proxy
-        log.info("%s: torch.fx finds no BatchNorms to fold, it cannot trace the model (%s)", type(model).__name__, error)
+        log.info(
+            "%s: torch.fx finds no BatchNorms to fold, it cannot trace the model (%s)", type(model).__name__, error
+        )
         return None
     modules = dict(scratch.named_modules())
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")

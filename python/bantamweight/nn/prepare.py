@@ -71,9 +71,10 @@ def prepare(
 
     Args:
         skip: True for the names of modules to leave alone.
-        run: runs the model it is given (a copy, on which what the model keeps of the data stays) once. While it does, modules with a forward of their own are observed: those
-            that hand a parameter to a product (a subclass of nn.Linear with a scale, say, or 3d weights of experts)
-            are rewritten so that a child computes it. Without it they are left as they are.
+        run: runs the model it is given once on real data; it gets a copy, on which what the model keeps of the data
+            stays. While it does, modules with a forward of their own are observed: those that hand a parameter to a
+            product (a subclass of nn.Linear with a scale, say, or 3d weights of experts) are rewritten so that a child
+            computes it. Without it they are left as they are.
 
     Example:
         >>> import torch
@@ -144,7 +145,9 @@ def prepare_like(model: nn.Module, records: Mapping[str, Mapping[str, Any]]) -> 
     leave_fast_paths(model)
 
 
-def _host(model: nn.Module, skip: Callable[[str], bool], run: Callable[[nn.Module], Any] | None, found: Prepared) -> None:
+def _host(
+    model: nn.Module, skip: Callable[[str], bool], run: Callable[[nn.Module], Any] | None, found: Prepared
+) -> None:
     """Observes the modules with a forward of their own, and rewrites those that suit."""
     modules = {name: (module, watched(module)) for name, module in model.named_modules() if not skip(name)}
     modules = {name: (module, names) for name, (module, names) in modules.items() if names and name not in found.left}

@@ -97,7 +97,7 @@ def quantize(
 
     Raises:
         BantamweightError: a model that cannot be copied or is quantized already, a pattern that fits no layer, NaN or
-            infinity in weights, a resume folder of another run, or a network that would not run on its quantized layers.
+            infinity in weights, a resume folder of another run, or a network that does not run on quantized layers.
         CalibrationError: calibration data that is empty, not finite, or that the model does not run on.
         UnsupportedLayerError: with `strict`, a layer that cannot be quantized.
 
@@ -280,8 +280,8 @@ class _Run:
             return
         raise BantamweightError(
             f"the calibration data reaches none of the {len(self.selection.layers)} layers "
-            f"({', '.join(list(self.selection.layers)[:4])}, ...): the model computes without calling them; quantize the "
-            "module whose forward calls its layers"
+            f"({', '.join(list(self.selection.layers)[:4])}, ...): the model computes without calling them; quantize "
+            "the module whose forward calls its layers"
         )
 
     def compare(self) -> tuple[float | None, tuple[str, ...]]:
@@ -298,13 +298,13 @@ class _Run:
             output, calls_now = self._run_first(self.quantized, counterparts(self.quantized, layers))
         except Exception as error:
             raise BantamweightError(
-                f"the quantized network does not run where the float one does ({type(error).__name__}: {error}); its code "
-                "asks something of a layer that the quantized one has not: add that layer to ignore"
+                f"the quantized network does not run where the float one does ({type(error).__name__}: {error}); its "
+                "code asks something of a layer that the quantized one has not: add that layer to ignore"
             ) from error
         if lost := [name for name in self.reports if calls[name] and not calls_now[name]]:
             raise BantamweightError(
-                f"layer '{lost[0]}' was quantized, but the quantized network does not call it where the float one calls it "
-                f"{calls[lost[0]]} times; something else than the module tree holds it: add it to ignore"
+                f"layer '{lost[0]}' was quantized, but the quantized network does not call it where the float one "
+                f"calls it {calls[lost[0]]} times; something else than the module tree holds it: add it to ignore"
             )
         error = fold.output_error(expected, output)
         if error == float("inf"):
@@ -312,8 +312,8 @@ class _Run:
         worst = max((report.error for report in self.reports.values()), default=0.0)
         if error > _EXPLAINED * worst + 1e-3:
             note = (
-                f"the outputs differ by {error:.1%} on the first calibration batch, while the largest error of a layer is "
-                f"{worst:.1%}: the network magnifies errors, or runs on other layers than those quantized"
+                f"the outputs differ by {error:.1%} on the first calibration batch, while the largest error of a layer "
+                f"is {worst:.1%}: the network magnifies errors, or runs on other layers than those quantized"
             )
             warnings.warn(note, stacklevel=4)
             return error, (note,)

@@ -6,7 +6,6 @@ held-out rows are kept, to measure errors and choose settings on data the solver
 """
 
 import math
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -220,8 +219,8 @@ class ProblemBuilder:
             )
         if self.gram is not None and not bool(torch.isfinite(self.gram.sum())):
             raise CalibrationError(
-                f"the inputs of layer '{self.name}' differ too much in size for float32 products; scale the calibration "
-                "data, or ignore the layer"
+                f"the inputs of layer '{self.name}' differ too much in size for float32 products; scale the "
+                "calibration data, or ignore the layer"
             )
         analog = quantized = None
         if self.kept:

@@ -35,8 +35,8 @@ def working_copy(model: nn.Module) -> nn.Module:
     except Exception as error:
         where = _uncopyable(model, memo) or "one of its attributes"
         raise BantamweightError(
-            f"the model cannot be copied: {where} does not allow it ({type(error).__name__}: {str(error)[:200]}); remove "
-            "that attribute before quantizing and set it again afterwards"
+            f"the model cannot be copied: {where} does not allow it ({type(error).__name__}: {str(error)[:200]}); "
+            "remove that attribute before quantizing and set it again afterwards"
         ) from None
     for before, after in zip(model.modules(), made.modules(), strict=False):
         _forget_compiled_forward(before, after)

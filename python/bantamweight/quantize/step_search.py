@@ -66,7 +66,7 @@ def search_step(
     def search(
         part: LayerProblem, outputs: Tensor, factors: Sequence[float], neurons: Tensor | None
     ) -> tuple[Solution, Tensor]:
-        """The best solution of all neurons, or of those given, and the index of each one's factor [problems, neurons]."""
+        """The best solution of all neurons, or of those given, and each one's factor's index [problems, neurons]."""
         ranges = weight_range(
             part.weight,
             granularity=granularity,

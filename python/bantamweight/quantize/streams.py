@@ -8,7 +8,7 @@ would take too much memory, the networks run up to each layer anew, O(L^2), one 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -64,8 +64,8 @@ def survey(model: nn.Module, layers: Mapping[str, TargetLayer], batches: Sequenc
         def reached(name: str, x: Tensor, calls: Counter[str] = calls, alive: _Alive = alive) -> None:
             if name not in layers:
                 raise BantamweightError(
-                    f"a copy of the model calls layer '{name.removeprefix('original ')}' of the model itself, through a "
-                    "closure or a forward that was set on the instance; make it a method of the class, or quantize the "
+                    f"a copy of the model calls layer '{name.removeprefix('original ')}' of the model itself, "
+                    "through a closure or a forward that was set on the instance; make it a method of the class, or quantize the "
                     "module inside"
                 )
             calls[name] += 1
@@ -148,10 +148,8 @@ class _Network:
                 if len(caught) == calls:
                     raise AbandonedError
 
-        try:
+        with suppress(AbandonedError):
             watched(replica(self.model, self.layers.values()), batch, reached)
-        except AbandonedError:
-            pass
         return caught
 
 
