@@ -2,6 +2,7 @@
 #   make demo    train a small network on real data, quantize, pack, run and report (out/)
 #   make test    the whole test suite: Python, Python on the kernels of older CPUs, C++, C++ under sanitizers, C++ on
 #                emulated ARM
+#   make test-slow  thousands of random networks, five minutes at most
 #   make bench   throughput of every kernel beside torch
 #   make lint    ruff, pyright and clang-format
 #   make package an sdist and a wheel, built in isolation and imported from a clean environment
@@ -14,7 +15,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-python test-ceilings test-cpp bench lint package clean
+.PHONY: demo test test-python test-slow test-ceilings test-cpp bench lint package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -24,6 +25,9 @@ test: test-python test-ceilings test-cpp
 
 test-python: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
 
 # What runs on kernels, once for every ceiling that this CPU reaches. Graphs of torch.compile hold the same at all of them.
 test-ceilings: $(VENV)/installed

@@ -359,7 +359,10 @@ def test_a_transposed_linear_of_transformers(monkeypatch: pytest.MonkeyPatch) ->
     expected, weight = net(x), net[0].weight
     records = prepare(net).records
     assert records == {"0": {"kind": "transposed_linear"}} and isinstance(net[0], Conv1D) and net[0].nf == 6
+    calls = []
+    net[0].linear.register_forward_hook(lambda *_: calls.append(1))
     same(net(x), expected)
+    assert calls == [1]
     same(net[0].weight, weight)
     prepare_like(fresh, records)
     fresh.load_state_dict(net.state_dict())

@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bantamweight as bw
@@ -330,3 +331,39 @@ def test_records_that_do_not_fit_are_refused(change: dict[str, Any], match: str)
         with pytest.raises(FormatError, match="'0'"):
             prepare_like(module, {"0": record})
     assert type(module[0]) is Scaled
+
+
+@torch.no_grad()
+def test_layers_whose_weights_another_forward_reads() -> None:
+    """As torchvision's Swin: a block hands its layers' weights to a function, and calls none of them."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.spare = nn.Linear(4, 12), nn.Linear(12, 4, bias=False), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(torch.tanh(F.linear(x, self.qkv.weight, self.qkv.bias)), self.proj.weight)
+
+    net, x = Reads(), torch.randn(3, 4)
+    expected = net(x)
+    found = prepare(net, run=lambda net: net(x))
+    assert set(found.records) == {"qkv", "proj"} and not found.left and type(net.spare) is nn.Linear
+    assert torch.equal(net(x), expected) and isinstance(net.qkv, nn.Linear)
+    with called(net.qkv.inner) as calls:
+        net(x)
+    assert calls == [1]
+    fresh = Reads()
+    prepare_like(fresh, found.records)
+    fresh.load_state_dict(net.state_dict())
+    assert torch.equal(fresh(x), expected)
+    small = bw.quantize(Reads(), bw.RoundToNearest(bits=8), calibration=[x], progress=False)
+    assert [layer.name for layer in small.quantization.layers] == ["qkv.inner", "proj.inner"]
+
+
+@contextmanager
+def called(module: nn.Module) -> Iterator[list[int]]:
+    calls: list[int] = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    yield calls
+    handle.remove()

@@ -151,6 +151,8 @@ def _host(
     """Observes the modules with a forward of their own, and rewrites those that suit."""
     modules = {name: (module, watched(module)) for name, module in model.named_modules() if not skip(name)}
     modules = {name: (module, names) for name, (module, names) in modules.items() if names and name not in found.left}
+    read = {} if run is None else _read_by_others(model, skip, run)
+    modules |= read
     layers = [name for name, (module, _) in modules.items() if isinstance(module, _LAYERS)]
     if run is None or not modules:
         found.left.update({name: "how its own forward uses its weight was not observed; pass run" for name in layers})
@@ -165,7 +167,8 @@ def _host(
         return
     for name, (module, _) in modules.items():
         uses, left = uses_of(seen[name])
-        for key, reason in _reasons(module, seen[name], left).items():
+        reasons = {} if name in read else _reasons(module, seen[name], left)
+        for key, reason in reasons.items():
             found.left[name if name in layers else f"{name}.{key}" if name else key] = reason
         if not uses:
             continue
@@ -177,6 +180,26 @@ def _host(
             found.left[name] = str(error)
         else:
             found.records[name] = record
+
+
+def _read_by_others(
+    model: nn.Module, skip: Callable[[str], bool], run: Callable[[nn.Module], Any]
+) -> dict[str, tuple[nn.Module, list[str]]]:
+    """Plain layers that one run does not call: another module's forward may hand their weights to a product."""
+    scratch = copy.deepcopy(model)
+    called: set[str] = set()
+    plain = {name: module for name, module in scratch.named_modules() if type(module) in _LAYERS and not skip(name)}
+    for name, module in plain.items():
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+    try:
+        run(scratch)
+    except Exception:  # what is wrong with the run, the caller's own says
+        return {}
+    return {
+        name: (module, [key for key, value in module._parameters.items() if value is not None])
+        for name, module in model.named_modules()
+        if name in plain and name not in called
+    }
 
 
 def _seen(

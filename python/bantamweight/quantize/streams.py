@@ -65,8 +65,8 @@ def survey(model: nn.Module, layers: Mapping[str, TargetLayer], batches: Sequenc
             if name not in layers:
                 raise BantamweightError(
                     f"a copy of the model calls layer '{name.removeprefix('original ')}' of the model itself, "
-                    "through a closure or a forward that was set on the instance; make it a method of the class, or quantize the "
-                    "module inside"
+                    "through a closure or a forward that was set on the instance; make it a method of the class, or "
+                    "quantize the module inside"
                 )
             calls[name] += 1
             found.rows[name] += input_rows(layers[name], x.shape)

@@ -18,6 +18,10 @@ class PreparedTransposedLinear(PreparedModule):
     parameters_of = ("weight", "bias")
 
     @classmethod
+    def body_for(cls, own: type[nn.Module]) -> dict[str, Any]:
+        return {"forward": cls.forward}  # before that of the class it stands for, which it computes
+
+    @classmethod
     def prepare(cls, module: Any) -> Self:
         new: Any = bare(cls, module)
         weight = parameter(module.weight.detach().T.contiguous(), like=module.weight)
