@@ -1,6 +1,6 @@
 """Whole networks as users bring them: how much of each is quantized and packed, how right it is, and how fast.
 
-    python bench/bench_any_network.py [NAME ...] [--bits 8 4] [--quick] [--json]
+    python bench/bench_any_network.py [NAME ...] [--bits 8 4] [--samples N] [--quick] [--json]
 
 One row a network of zoo.py. Columns: millions of weights (parameters of two dimensions or more; embedding tables
 apart); the share of them that sits in packed layers, and of the tables with `embeddings=bw.RoundToNearest(bits=8)`;
@@ -14,13 +14,12 @@ missing is named in one sentence.
 import argparse
 import json
 import logging
-import platform
 import tempfile
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import zoo
 from bantamweight.bench.timing import Turn, take_turns
 from bantamweight.nn import PackedEmbedding, SimulatedEmbedding
 from bantamweight.nn.layer import QuantizedLayer
+from bantamweight.report.results import cpu_name
 from torch import Tensor, nn
 from zoo_inputs import Inputs, call
 
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(zoo.NETWORKS)}; default all")
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 3, 4, 8), default=[8, 4])
     parser.add_argument("--quick", action="store_true", help="8 calibration samples and short timings")
+    parser.add_argument("--samples", type=int, help="calibration samples, in batches of 32; default 32")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args()
     if unknown := set(args.names) - set(zoo.NETWORKS):
@@ -236,14 +237,17 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    effort = QUICK if args.quick else FULL
+    if args.samples:
+        effort = replace(effort, batches=-(-args.samples // 32), batch=min(32, args.samples))
     rows: list[Row] = []
     missing: list[str] = []
     if not args.json:
-        print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}\n{header(args.bits)}")
+        print(f"{cpu_name()}, one thread, torch {torch.__version__}\n{header(args.bits)}")
     with torch.no_grad():
         for name in args.names or zoo.NETWORKS:
             try:
-                row = measure(name, zoo.NETWORKS[name], args.bits, QUICK if args.quick else FULL)
+                row = measure(name, zoo.NETWORKS[name], args.bits, effort)
             except zoo.MissingPackageError as error:
                 missing.append(f"{name} is left out: {error}")
                 continue

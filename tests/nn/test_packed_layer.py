@@ -11,6 +11,7 @@ import torch
 from bantamweight import QuantizedWeight
 from bantamweight.errors import BantamweightError, KernelError
 from bantamweight.nn import PackedConv2d, PackedEmbedding, PackedLinear, SimulatedConv2d, SimulatedLinear, unpack
+from bantamweight.nn.fold import LayerTracer
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.parametrize import register_parametrization
@@ -467,3 +468,18 @@ def test_simulated_layers_come_back_from_half_and_keep_their_codes() -> None:
         assert torch.equal(form.half().float().weight, before)
         form.type(torch.float64)
         assert form.codes.dtype == torch.uint8 and form.quantized.equals(w) and form.weight.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_traced_graph_reads_the_weight_when_it_runs() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) * self.conv.weight.abs().mean()
+
+    model, x = Reads(), torch.randn(2, 4, 6, 6)
+    traced = torch.fx.GraphModule(model, LayerTracer().trace(model))
+    torch.testing.assert_close(traced(x), model(x))

@@ -7,7 +7,7 @@ saved to hold the canonical form, so both move between machines.
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._C import _get_tracing_state  # pyright: ignore[reportPrivateImportUsage]
 from torch.compiler import is_compiling
 
@@ -83,7 +83,7 @@ class PackedLayer(QuantizedLayer):
         """
         layout = self.layout
         arguments = (layout, self.kind, self.levels, self.weight_shape, self._dtype)
-        if is_compiling() or _get_tracing_state():
+        if isinstance(layout, fx.Proxy) or is_compiling() or _get_tracing_state():
             return torch.ops.bantamweight.lowbit_weight(*arguments)
         if self._weight is None:
             self.__dict__["_weight"] = lazy_weight(*arguments)

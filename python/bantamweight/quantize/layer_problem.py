@@ -261,7 +261,7 @@ class ProblemBuilder:
 
 
 _FEWEST_HELD_OUT = 512  # rows, however large the layer is
-_MOST_PRODUCTS = 1 << 34  # of held-out rows and weights, for each candidate
+_MOST_PRODUCTS = 1 << 30  # of held-out rows and weights, for each candidate
 
 
 def _accumulate(total: Tensor | None, transposed: Tensor, rows: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Solve = Callable[[Grid, Tensor | None], Tensor]
 _MAX_CODES = 1 << 25  # codes of all candidates that are solved together
 
 # In layers of so many weights all factors are tried on one neuron of eight, and on the others those chosen most.
-_PILOT_WEIGHTS = 1 << 22
+_PILOT_WEIGHTS = 1 << 17
 _PILOT_STRIDE = 8
 _PILOT_KEEPS = 3
 
