@@ -4,7 +4,7 @@ import pytest
 import torch
 from bantamweight import QuantizedWeight, load, pack, pack_, save
 from bantamweight.errors import BantamweightError
-from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear, unpack
+from bantamweight.nn import PackedConv2d, PackedLinear, SimulatedConv2d, SimulatedLinear, fuse, unpack
 from bantamweight.weights import conv_matrix
 
 
@@ -198,3 +198,12 @@ def test_activations_for_all_layers_or_some(tmp_path) -> None:
         pack(net, activations={"0": "int16"})
     with pytest.raises(BantamweightError, match="neither a layer's name nor a regular expression"):
         pack(net, activations={"(": "int16"})
+
+
+@torch.no_grad()
+def test_a_fused_model_is_packed_already() -> None:
+    net = torch.nn.Sequential(simulated(torch.nn.Conv2d(3, 8, 3)), torch.nn.ReLU(), simulated(torch.nn.Conv2d(8, 4, 3)))
+    fused = fuse(pack(net.eval()))
+    assert fused.fusion.names == ["0", "2"]
+    with pytest.raises(BantamweightError, match="this Sequential is fused and packed already"):
+        pack(fused)

@@ -70,8 +70,8 @@ def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
             to int8.
 
     Raises:
-        BantamweightError: the model holds no quantized layer, no such activations, or a pattern that fits no linear
-            layer.
+        BantamweightError: the model holds no quantized layer or is fused already, there are no such activations, or a
+            pattern fits no linear layer.
 
     Example:
         >>> import torch
@@ -81,6 +81,8 @@ def pack_(model: M, *, activations: str | Mapping[str, str] | None = None) -> M:
         >>> [(record.name, record.scheme) for record in packed.packing.layers]
         [('0', 'ternary')]
     """
+    if getattr(model, "fusion", None) is not None:
+        raise BantamweightError(f"this {type(model).__name__} is fused and packed already; pack what it was made from")
     if not any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise BantamweightError(f"{type(model).__name__} has no quantized layer to pack; call quantize first")
     wanted = _activations_by_layer(model, activations)
