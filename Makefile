@@ -2,7 +2,7 @@
 #   make demo    train a small network on real data, quantize, pack, run and report (out/)
 #   make test    the whole test suite: Python, Python on the kernels of older CPUs, C++, C++ under sanitizers, C++ on
 #                emulated ARM
-#   make test-slow  thousands of random networks, five minutes at most
+#   make test-slow  thousands of random networks, four minutes at most
 #   make bench   throughput of every kernel beside torch
 #   make lint    ruff, pyright and clang-format
 #   make package an sdist and a wheel, built in isolation and imported from a clean environment

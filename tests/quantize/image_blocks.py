@@ -118,7 +118,7 @@ class Dense(nn.Module):
 
 @block("images")
 class Viewed(nn.Module):
-    """Views after a convolution that expect its answer to be contiguous."""
+    """Views after a convolution that expect its answer to be contiguous, as torch's is for contiguous inputs."""
 
     def __init__(self, draw: Draw, shape: Shape) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Viewed(nn.Module):
         self.how = draw.pick("how", "tokens", "last", "flat", "strides", "in place")
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv(x)
+        h = self.conv(x.contiguous())
         n, c, height, width = h.shape
         if self.how == "tokens":
             return self.tokens(h.view(n, c, -1).transpose(1, 2)).transpose(1, 2).reshape(h.shape)

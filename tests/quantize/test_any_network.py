@@ -16,7 +16,7 @@ from network_blocks import BLOCKS
 from random_networks import Network, check, draw, kind_of_failure, smallest
 
 SEEDS = range(400)
-SECONDS = 300  # of the long run at most
+SECONDS = 240  # of the long run at most
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
