@@ -11,24 +11,8 @@ import pytest
 import torch
 from bantamweight.errors import FormatError
 from bantamweight.nn.prepare import prepare, prepare_like
-from bantamweight.nn.prepared.base import PreparedModule
+from prepared_pairs import both, same
 from torch import nn
-
-
-def both(module: nn.Module, kind: str) -> tuple[nn.Module, nn.Module]:
-    """A module and its prepared copy, in evaluation mode."""
-    module.eval()
-    prepared = copy.deepcopy(module)
-    identity = id(prepared)
-    found = prepare(prepared)
-    assert found.records[""]["kind"] == kind and not found.left and id(prepared) == identity
-    assert isinstance(prepared, PreparedModule) and isinstance(prepared, type(module))
-    return module, prepared
-
-
-def same(first: Any, second: Any, *, tolerance: float = 2e-6) -> None:
-    torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance)
-
 
 ATTENTION = [
     {},

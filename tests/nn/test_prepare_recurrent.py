@@ -7,24 +7,8 @@ from typing import Any
 import pytest
 import torch
 from bantamweight.nn.prepare import prepare
-from bantamweight.nn.prepared.base import PreparedModule
+from prepared_pairs import both, same
 from torch import nn
-
-
-def both(module: nn.Module, kind: str) -> tuple[nn.Module, nn.Module]:
-    """A module and its prepared copy, in evaluation mode."""
-    module.eval()
-    prepared = copy.deepcopy(module)
-    identity = id(prepared)
-    found = prepare(prepared)
-    assert found.records[""]["kind"] == kind and not found.left and id(prepared) == identity
-    assert isinstance(prepared, PreparedModule) and isinstance(prepared, type(module))
-    return module, prepared
-
-
-def same(first: Any, second: Any, *, tolerance: float = 2e-6) -> None:
-    torch.testing.assert_close(first, second, rtol=tolerance, atol=tolerance)
-
 
 CONV1D = [
     dict(zip(("stride", "padding", "dilation", "groups", "padding_mode", "bias"), values, strict=True))

@@ -65,7 +65,7 @@ def convolution_chains(model: nn.Module) -> list[PackedConvChain]:
 
 
 def use_int8_maps(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Makes the maps inside every chain of the model int8, with ranges from batches (`quantize.calibrate.Batch`).
+    """Makes the maps inside every chain of the model int8, with ranges from batches (`data.Batch`).
 
     Raises:
         BantamweightError: a chain that no batch reaches, or batches that the model or its layers refuse.

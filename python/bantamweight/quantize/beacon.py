@@ -24,6 +24,7 @@ from .grid import SMALLEST_STEP, Alphabet, Grid
 from .layer_problem import LayerProblem
 from .method import LayerResult, LayerwiseMethod, layer_result
 from .path_following import GramPath, follow_aligned
+from .round_to_nearest import nearest_codes
 from .step_search import Solution, Solve, better, choose_columns, search_step
 
 STARTS = ("aligned", "greedy", "nearest")
@@ -85,7 +86,7 @@ class Beacon(LayerwiseMethod):
     def quantize_layer(self, problem: LayerProblem, bias: Tensor | None) -> LayerResult:
         outputs = problem.held_out_outputs()
         weight = problem.weight
-        best = self._search(problem, outputs, self.grid_alphabet, self._nearest(weight), layer_range="largest")
+        best = self._search(problem, outputs, self.grid_alphabet, nearest_codes(problem), layer_range="largest")
         kept = torch.zeros_like(best.errors, dtype=torch.bool)
         cross, gram = self._damped(problem)
         dead = dead_inputs(gram)[:, :, None]
@@ -140,24 +141,16 @@ class Beacon(LayerwiseMethod):
         """Grids, and the weights in units of their steps: off the grid until the first sweep has visited them."""
         for factor in self.steps or _GREEDY_FACTORS:
             only = replace(self, steps=(factor,))
-            grid = only._search(problem, outputs, alphabet, self._nearest(problem.weight)).grid
+            grid = only._search(problem, outputs, alphabet, nearest_codes(problem)).grid
             yield grid, _divided(problem.weight, grid)
 
     def _starter(self, problem: LayerProblem, cross: Tensor, gram: Tensor, order: Tensor | None) -> Solve:
-        weight = problem.weight
         if self.start == "nearest":
-            return self._nearest(weight)
+            return nearest_codes(problem)
         # Aligned feedback needs many more rows than inputs; with few it fits the calibration data only.
         if problem.rows < 2 * problem.inputs:
-            return GramPath(weight, cross, gram, order=order).follow
-        return lambda grid, neurons: follow_aligned(_of(weight, neurons), cross, gram, grid, order=order)
-
-    def _nearest(self, weight: Tensor) -> Solve:
-        def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
-            part = _of(weight, neurons)
-            return grid.nearest(part.repeat(1, 1, grid.scale.shape[2] // part.shape[2]))
-
-        return solve
+            return GramPath(problem.weight, cross, gram, order=order).follow
+        return lambda grid, neurons: follow_aligned(problem.weight_of(neurons), cross, gram, grid, order=order)
 
     def _search(
         self,
@@ -192,10 +185,6 @@ class Beacon(LayerwiseMethod):
     @property
     def _is_shared(self) -> bool:
         return self.rows_per_scale is not None or self.step_granularity == "layer"
-
-
-def _of(weight: Tensor, neurons: Tensor | None) -> Tensor:
-    return weight if neurons is None else weight[:, :, neurons]
 
 
 def _steps(grid: Grid, codes: Tensor) -> Tensor:

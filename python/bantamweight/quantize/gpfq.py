@@ -190,7 +190,7 @@ class GPFQ(LayerwiseMethod):
             analog, quantized = in_order(*kept, order)
 
             def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
-                weight = problem.weight if neurons is None else problem.weight[:, :, neurons]
+                weight = problem.weight_of(neurons)
                 return follow_samples(weight, analog, quantized, grid, order=order, ridge=ridge, rounding=rounding)
 
             return solve
@@ -215,8 +215,7 @@ class GPFQ(LayerwiseMethod):
             order = self._order(problem)
 
             def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
-                weight = problem.weight if neurons is None else problem.weight[:, :, neurons]
-                return follow_aligned(weight, *matrices, grid, order=order, rounding=rounding)
+                return follow_aligned(problem.weight_of(neurons), *matrices, grid, order=order, rounding=rounding)
 
             aligned = self._search(problem, outputs, solve)
             if aligned.error < best.error:

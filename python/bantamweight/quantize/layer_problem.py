@@ -58,7 +58,11 @@ class LayerProblem:
 
     def part(self, neurons: Tensor) -> "LayerProblem":
         """The same of some of the neurons."""
-        return replace(self, weight=self.weight[:, :, neurons])
+        return replace(self, weight=self.weight_of(neurons))
+
+    def weight_of(self, neurons: Tensor | None) -> Tensor:
+        """The columns of these neurons; None for all."""
+        return self.weight if neurons is None else self.weight[:, :, neurons]
 
     def norms(self) -> Tensor:
         """||X~_t||^2 of every input, summed over the problems: [d]."""

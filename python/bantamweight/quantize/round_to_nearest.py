@@ -9,22 +9,27 @@ from torch import Tensor
 from .grid import Grid
 from .layer_problem import LayerProblem
 from .method import LayerResult, LayerwiseMethod, layer_result
-from .step_search import Solution, search_step
+from .step_search import Solution, Solve, search_step
+
+
+def nearest_codes(problem: LayerProblem) -> Solve:
+    """Solves for the codes nearest to each weight, whatever the data."""
+
+    def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
+        weight = problem.weight_of(neurons)
+        return grid.nearest(weight.repeat(1, 1, grid.scale.shape[2] // weight.shape[2]))
+
+    return solve
 
 
 def nearest(
     problem: LayerProblem, config: LayerwiseMethod, outputs: Tensor, *, factors: Sequence[float] = (1.0,)
 ) -> Solution:
     """Each weight to the nearest value of the best of the grids that reach `factors` times its range."""
-
-    def solve(grid: Grid, neurons: Tensor | None) -> Tensor:
-        weight = problem.weight if neurons is None else problem.weight[:, :, neurons]
-        return grid.nearest(weight.repeat(1, 1, grid.scale.shape[2] // weight.shape[2]))
-
     return search_step(
         problem,
         config.grid_alphabet,
-        solve,
+        nearest_codes(problem),
         factors=factors,
         granularity=config.step_granularity,
         group_size=config.group_size_for(problem.inputs),
